@@ -1,0 +1,53 @@
+# Paths are relative throughout, so a space in the folder's name does no harm.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: help env demo test lint bench gpu clean
+help:
+	@echo "make env    create .venv and install the pinned packages and this one (editable) into it"
+	@echo "make demo   train a small super-network and its core, print the table"
+	@echo "make test   run the test suite"
+	@echo "make lint   ruff check, ruff format --check, pyright"
+	@echo "make bench  run the benchmarks"
+	@echo "make gpu    run the tests that need a CUDA device"
+	@echo "make clean  remove what was built; .venv stays"
+
+env: .venv/.installed
+
+.venv/.installed: $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "constraints.txt needs Python 3.11 or newer: make env PYTHON=python3.12")'
+	@test -x $(PY) || { echo "env: creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "env: installing torch and the build tools"
+	@$(PIP) torch numpy ninja pybind11 setuptools wheel
+	@echo "env: installing this package, editable, with its extras data, plot, dev"
+	@$(PIP) --no-build-isolation --editable ".[data,plot,dev]"
+	@$(PY) -c 'from partial_kernels._native import native_status as s; \
+	    print("env: compiled kernels:", s().reason or s().info)'
+	@touch $@
+
+demo: env
+	.venv/bin/maskedtrain demo
+
+# One thread for each of the workers: more would fight over the cores.
+test: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+
+lint: env
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
+
+bench: env
+	$(PY) -m pytest bench --benchmark-only
+
+gpu: env
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+	    f"make gpu: torch {torch.__version__} sees no CUDA device")'
+	$(PY) -m pytest -m gpu
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.installed
+	rm -f partial_kernels/_C.* partial_kernels/_build_failure.txt

@@ -1,0 +1,50 @@
+"""Kernel families are found, not listed: every folder of the package that holds a
+``function.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from partial_kernels._native import native_status
+
+__all__ = ["cases", "families", "load", "unavailable"]
+
+PACKAGE = __name__.split(".", 1)[0]
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def families() -> list[str]:
+    """Names of the kernel families, in alphabetical order."""
+    return sorted(path.parent.name for path in _ROOT.glob("*/function.py"))
+
+
+def unavailable() -> dict[str, str]:
+    """Backends that cannot be loaded in this process, with the reason."""
+    reasons: dict[str, str] = {}
+    native = native_status()
+    if native.reason is not None:
+        reasons["native"] = f"the compiled library is not available: {native.reason}"
+    if importlib.util.find_spec("triton") is None:
+        reasons["triton"] = "triton is not installed"
+    return reasons
+
+
+def load(family: str) -> ModuleType:
+    """Import a family and the backends it has that can be loaded here."""
+    missing = unavailable()
+    module = importlib.import_module(f"{PACKAGE}.{family}")
+    for backend, file in (("native", "native"), ("triton", "kernels")):
+        if backend not in missing and (_ROOT / family / f"{file}.py").exists():
+            importlib.import_module(f"{PACKAGE}.{family}.{file}")
+    return module
+
+
+def cases() -> Iterator[tuple[str, ModuleType]]:
+    """(family, its ``cases`` module) of every family: what tests, benchmarks and fuzzing run on."""
+    for family in families():
+        yield family, importlib.import_module(f"{PACKAGE}.{family}.cases")

@@ -1,0 +1,257 @@
+"""Cases of ``masked_linear`` and what each must satisfy: shared by the families that serve it.
+
+Tests, benchmarks, ahead-of-time compilation and fuzzing all read the families' ``cases.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from partial_kernels._core.testing import (
+    assert_within_budget,
+    assert_zero_outside,
+    poisoned,
+)
+from partial_kernels.linear import masked_linear
+from partial_kernels.masks import Mask
+
+__all__ = [
+    "WEIGHT_LAYOUTS",
+    "X_LAYOUTS",
+    "LinearCase",
+    "bytes_moved",
+    "check",
+    "dense_linear",
+    "flops",
+    "kept_indices",
+    "variations",
+]
+
+# O outputs, I inputs of the weight; S rows, C columns kept (O and I unless the mask is compact)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Arguments of one call of ``masked_linear``, by shape, mask and layout."""
+
+    name: str
+    batch: tuple[int, ...]
+    """Leading dimensions of x."""
+    outputs: int
+    inputs: int
+    mask: Mask
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    x_layout: str = "contiguous"
+    """A key of ``X_LAYOUTS``; ``check`` gives dy the same one."""
+    weight_layout: str = "contiguous"
+    """A key of ``WEIGHT_LAYOUTS``."""
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.batch)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's."""
+        return self.outputs, self.inputs
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """S and C."""
+        rows, cols = self.mask.restricted_shape(self.shape)
+        return rows, cols
+
+    def make(
+        self, seed: int = 0, device: torch.device | str = "cpu", *, requires_grad: bool = False
+    ) -> dict[str, Any]:
+        """Keyword arguments for ``masked_linear``; the same numbers on every device."""
+        random = _random(self.dtype, device, seed)
+        tensors = {
+            "x": X_LAYOUTS[self.x_layout](random, (*self.batch, self.kept[1])),
+            "weight": WEIGHT_LAYOUTS[self.weight_layout](random, self.shape),
+        }
+        if self.bias:
+            tensors["bias"] = random(self.outputs)
+        return {
+            **{name: value.requires_grad_(requires_grad) for name, value in tensors.items()},
+            "mask": self.mask,
+        }
+
+
+_Random = Callable[..., Tensor]
+
+
+def _random(dtype: torch.dtype, device: torch.device | str, seed: int) -> _Random:
+    """Standard normal tensors of the shapes asked for."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if dtype == torch.float64:
+            # On this grid fp64 products, and sums of hundreds, are exact in any order (in fp32 they
+            # are not), so that in fp64 "equals the dense computation" means every bit.
+            values = (values * 2**20).round() / 2**20
+        return values.to(device, dtype)
+
+    return random
+
+
+def _contiguous(random: _Random, shape: tuple[int, ...]) -> Tensor:
+    return random(*shape)
+
+
+def _permuted(random: _Random, shape: tuple[int, ...]) -> Tensor:
+    return random(*reversed(shape)).permute(*reversed(range(len(shape))))
+
+
+def _sliced(random: _Random, shape: tuple[int, ...]) -> Tensor:
+    """Every second row of a wider tensor, from an odd offset on."""
+    *batch, last = shape
+    return random(*(2 * n for n in batch), last + 3)[(*[slice(None, None, 2)] * len(batch),)][
+        ..., 1 : last + 1
+    ]
+
+
+def _expanded(random: _Random, shape: tuple[int, ...]) -> Tensor:
+    """One token, repeated without storage of its own."""
+    return random(shape[-1]).expand(shape)
+
+
+X_LAYOUTS: dict[str, Callable[[_Random, tuple[int, ...]], Tensor]] = {
+    "contiguous": _contiguous,
+    "permuted": _permuted,
+    "sliced": _sliced,
+    "expanded": _expanded,
+}
+WEIGHT_LAYOUTS: dict[str, Callable[[_Random, tuple[int, ...]], Tensor]] = {
+    "contiguous": _contiguous,
+    "permuted": _permuted,
+    "sliced": _sliced,
+}
+
+
+def variations(name: str, outputs: int, inputs: int, mask: Mask) -> tuple[LinearCase, ...]:
+    """One mask with every dtype, layout and kind of batch."""
+    base = LinearCase(name, (7,), outputs, inputs, mask)
+    changes: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "bf16": {"dtype": torch.bfloat16},
+        "fp64": {"dtype": torch.float64},
+        "no-bias": {"bias": False},
+        "no-bias-bf16": {"bias": False, "dtype": torch.bfloat16},
+        "vector": {"batch": ()},
+        "one-token": {"batch": (1,)},
+        "no-token": {"batch": (0,)},
+        "batch-3d": {"batch": (2, 3)},
+        "batch-3d-empty": {"batch": (2, 0)},
+        "x-permuted": {"x_layout": "permuted"},
+        "x-permuted-3d": {"batch": (2, 3), "x_layout": "permuted"},
+        "x-sliced": {"x_layout": "sliced", "dtype": torch.bfloat16},
+        "x-expanded": {"batch": (2, 3), "x_layout": "expanded"},
+        "weight-permuted": {"weight_layout": "permuted"},
+        "weight-sliced": {"weight_layout": "sliced", "dtype": torch.float64},
+    }
+    return tuple(replace(base, name=f"{name}-{key}", **change) for key, change in changes.items())
+
+
+def flops(case: LinearCase) -> dict[str, int]:
+    """FLOPs of each pass, 2 per multiply-add, if nothing off the mask is computed."""
+    count = 2 * case.tokens * case.mask.numel(case.shape)
+    return {"forward": count, "dx": count, "dweight": count}
+
+
+def bytes_moved(case: LinearCase) -> dict[str, int]:
+    """Bytes of each pass if every operand moves once; the weight gradient has the weight's shape.
+
+    Of the weight only the masked elements count; the mask itself does not.
+    """
+    (rows, cols), size = case.kept, case.dtype.itemsize
+    x, y, weight = case.tokens * cols, case.tokens * rows, case.mask.numel(case.shape)
+    return {
+        "forward": size * (x + weight + y + rows * case.bias),
+        "dx": size * (y + weight + x),
+        "dweight": size * (y + x + math.prod(case.shape)),
+    }
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: Mask) -> Tensor:
+    """What ``masked_linear`` must equal: the dense product with masked weights set to zero.
+
+    For a compact mask, x is scattered to full width with zeros and y is gathered from full width.
+    """
+    weight = torch.where(mask.dense(weight.shape, weight.device), weight, 0)
+    if not mask.compact:
+        return F.linear(x, weight, bias)
+    rows, cols = kept_indices(mask, weight)
+    x = x.new_zeros(*x.shape[:-1], weight.shape[1]).index_copy(-1, cols, x)
+    return F.linear(x, weight, bias).index_select(-1, rows)
+
+
+def kept_indices(mask: Mask, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the weight that the sub-network sees: all unless the mask is compact."""
+
+    def kept(which: int | Tensor | None, size: int) -> Tensor:
+        if isinstance(which, Tensor):
+            return which.to(weight.device)
+        return torch.arange(size, device=weight.device)[:which]
+
+    rows, cols = (getattr(mask, name, None) if mask.compact else None for name in ("rows", "cols"))
+    return kept(rows, weight.shape[0]), kept(cols, weight.shape[1])
+
+
+def check(
+    case: LinearCase, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> None:
+    """Raise AssertionError unless y, dx, dW and db are right, and nothing off the mask is touched.
+
+    Ours computes from a weight and a bias that hold NaN off the mask, in memory that holds NaN
+    until written; plain PyTorch and the fp64 result compute from clean ones.
+    """
+    arguments, poison = case.make(seed, device), case.make(seed, device)
+    inside = case.mask.dense(case.shape, device)
+    inside_rows = torch.zeros(case.outputs, dtype=torch.bool, device=device)
+    inside_rows[kept_indices(case.mask, arguments["weight"])[0]] = True
+    poison["weight"][~inside] = math.nan
+    if case.bias:
+        poison["bias"][~inside_rows] = math.nan
+    random = _random(case.dtype, device, seed + 1)
+    dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.kept[0]))
+
+    with poisoned():
+        actual = _results(masked_linear, {**poison, "impl": impl}, dy)
+    plain = _results(dense_linear, arguments, dy)
+    exact = _results(dense_linear, _double(arguments), dy.double())
+    for name, result in actual.items():
+        what = f"{case.name}: {name}"
+        assert_within_budget(result, plain[name], exact[name], what=what)
+    # Without tokens the gradients are 0 on the mask, too.
+    has_tokens = case.tokens > 0
+    assert_zero_outside(actual["dweight"], inside & has_tokens, what=f"{case.name}: dweight")
+    if case.bias:
+        assert_zero_outside(actual["dbias"], inside_rows & has_tokens, what=f"{case.name}: dbias")
+
+
+def _double(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _results(
+    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor
+) -> dict[str, Tensor]:
+    """y and the gradient of every tensor."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    y = function(**{**arguments, **leaves})
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}

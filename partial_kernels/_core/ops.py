@@ -1,0 +1,155 @@
+"""One operation, several backends: registration with torch, choice of a backend, and its reasons.
+
+A family's ``reference.py`` declares each ``Op`` (schema, fake, FLOPs) with its plain-PyTorch
+implementation; ``native.py`` and ``kernels.py`` add backends to it. Inside the registered torch op,
+on real tensors, ``choose`` picks the backend, so that a compiled graph holds one call and no
+decision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import flop_counter
+
+__all__ = ["Choice", "Explained", "Op", "explaining"]
+
+# Parts of torch without complete types.
+_library: Any = torch.library
+_flop_counter: Any = flop_counter
+
+NAMESPACE = "partial_kernels"
+IMPL_VARIABLE = "PARTIAL_KERNELS_IMPL"
+
+Supports = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of an op: ``supports(*args)`` returns why it cannot take these, or None."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Supports
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend an op would use, and why each other one was not taken."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend can run this'}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.reasons.items()])
+
+
+class Explained(Exception):
+    """Raised inside ``explaining()`` by the first op reached, instead of running it."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(str(choice))
+        self.choice = choice
+
+
+_explaining: ContextVar[bool] = ContextVar("explaining", default=False)
+
+
+@contextmanager
+def explaining() -> Generator[None]:
+    """Within it, ops raise ``Explained`` with their choice of backend and compute nothing."""
+    token = _explaining.set(True)
+    try:
+        yield
+    finally:
+        _explaining.reset(token)
+
+
+class Op:
+    """A torch operator ``partial_kernels::<name>`` with backends.
+
+    An in-place op declares its arguments ``Tensor(a!)``; their version counters are bumped, without
+    which autograd would use stale saved tensors silently.
+
+    Args:
+        schema: torch schema; the last argument must be ``str impl``.
+        fake: shapes and dtypes of the result, for tracing; takes the same arguments.
+        flops: FLOPs (2 per multiply-add) from the arguments' shapes, for torch's FlopCounterMode.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        flops: Callable[..., int] | None = None,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.backends: list[Backend] = []
+        qualified = f"{NAMESPACE}::{self.name}"
+        _library.define(qualified, schema[len(self.name) :])
+        _library.impl(qualified, "CompositeExplicitAutograd")(self._run)
+        _library.register_fake(qualified)(fake)
+        packet: Any = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        self._call = packet.default
+        self._mutated = [
+            position
+            for position, argument in enumerate(self._call._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if flops is not None:
+            _flop_counter.register_flop_formula(packet)(flops)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def backend(
+        self, name: str, supports: Supports = lambda *_: None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: add a backend. ``auto`` tries the most recently added one first."""
+
+        def add(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.backends.insert(0, Backend(name, run, supports))
+            return run
+
+        return add
+
+    def choose(self, *args: Any) -> tuple[Backend | None, Choice]:
+        """The backend for these arguments (the last is ``impl``) and the reasons against the
+        others.
+        """
+        *inputs, impl = args
+        wanted = os.environ.get(IMPL_VARIABLE, "auto") if impl == "auto" else impl
+        reasons: dict[str, str] = {}
+        chosen: Backend | None = None
+        for backend in self.backends:
+            if wanted not in ("auto", backend.name):
+                reasons[backend.name] = f"impl={wanted!r} was asked for"
+            elif chosen is not None:
+                reasons[backend.name] = f"{chosen.name} is preferred"
+            elif (why := backend.supports(*inputs)) is not None:
+                reasons[backend.name] = why
+            else:
+                chosen = backend
+        if wanted != "auto" and wanted not in reasons and chosen is None:
+            reasons[wanted] = f"{self.name} has no such backend"
+        return chosen, Choice(self.name, chosen.name if chosen else None, reasons)
+
+    def _run(self, *args: Any) -> Any:
+        chosen, choice = self.choose(*args)
+        if _explaining.get():
+            raise Explained(choice)
+        if chosen is None:
+            raise RuntimeError(str(choice))
+        result = chosen.run(*args[:-1])
+        for position in self._mutated:
+            torch.autograd.graph.increment_version(args[position])
+        return result

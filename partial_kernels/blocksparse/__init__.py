@@ -1,0 +1,3 @@
+"""Masked GEMM for a block bitmap (Block)."""
+
+from partial_kernels.blocksparse import function as function

@@ -1,0 +1,55 @@
+"""Block masks: edges that cut blocks off, sizes from 1 up; for speed, 50 and 75 % zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partial_kernels._core.linear_cases import LinearCase as Case
+from partial_kernels._core.linear_cases import bytes_moved, check, flops, variations
+from partial_kernels.masks import Block
+
+__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "flops"]
+
+
+def _random_bitmap(rows: int, cols: int, share: float) -> Tensor:
+    """Exactly this share of the blocks, rounded down."""
+    generator = torch.Generator().manual_seed(0)
+    bitmap = torch.zeros(rows * cols, dtype=torch.bool)
+    bitmap[torch.randperm(rows * cols, generator=generator)[: int(share * rows * cols)]] = True
+    return bitmap.view(rows, cols)
+
+
+# An empty row of blocks, an empty column, and kept blocks that the edges cut off.
+_RAGGED = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 1], [0, 0, 1]], dtype=torch.bool)
+
+CASES = (
+    *variations("block", 13, 11, Block(_RAGGED, 4)),
+    Case("block-none", (7,), 13, 11, Block(torch.zeros(4, 3, dtype=torch.bool), 4)),
+    Case("block-all", (7,), 13, 11, Block(torch.ones(4, 3, dtype=torch.bool), 4)),
+    Case("block-size-1", (7,), 4, 3, Block(_RAGGED, 1)),
+    Case("block-beyond-edge", (7,), 13, 11, Block(torch.ones(1, 1, dtype=torch.bool), 32)),
+    Case("block-permuted", (7,), 11, 13, Block(_RAGGED.mT, 4)),
+    Case("block-aligned", (64,), 96, 160, Block(_random_bitmap(3, 5, 0.4), 32)),
+    Case(
+        "block-aligned-bf16",
+        (64,),
+        96,
+        160,
+        Block(_random_bitmap(3, 5, 0.4), 32),
+        dtype=torch.bfloat16,
+    ),
+)
+
+BENCH_CASES = tuple(
+    Case(
+        f"block{size}-{zeros}-zeros",
+        (4096,),
+        2048,
+        2048,
+        Block(_random_bitmap(2048 // size, 2048 // size, 1 - zeros), size),
+        bias=False,
+    )
+    for size in (32, 64)
+    for zeros in (0.75, 0.5)
+)

@@ -1,0 +1,125 @@
+"""What the masked optimizers refuse, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from partial_kernels.masks import Mask
+from partial_kernels.optim.reference import state_dtype
+
+__all__ = ["check_adamw_options", "check_lists", "check_sgd_options", "check_steps"]
+
+
+def check_sgd_options(
+    lr: float | Tensor, momentum: float, nesterov: bool, weight_decay: float
+) -> None:
+    _check_lr(lr)
+    _check_number("momentum", momentum)
+    _check_number("weight_decay", weight_decay)
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov needs momentum > 0, got 0")
+
+
+def check_adamw_options(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    _check_lr(lr)
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas}")
+    for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta, below=1.0)
+    _check_number("eps", eps)
+    _check_number("weight_decay", weight_decay)
+
+
+def check_steps(steps: Sequence[int], count: int) -> None:
+    if len(steps) != count:
+        raise ValueError(f"steps must have one entry per parameter, {count}, got {len(steps)}")
+    for i, step in enumerate(steps):
+        if isinstance(step, bool) or not isinstance(step, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"steps[{i}] must be an int, got {type(step).__name__}")
+        if step < 1:
+            raise ValueError(f"steps[{i}] counts this update and must be >= 1, got {step}")
+
+
+def check_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Mask],
+    **states: Sequence[Tensor],
+) -> None:
+    """Check the lists' lengths, then every parameter with its gradient, mask and states."""
+    for name, tensors in (("grads", grads), ("masks", masks), *states.items()):
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"{name} must have one entry per parameter, {len(params)}, got {len(tensors)}"
+            )
+    for i, (param, grad, mask) in enumerate(zip(params, grads, masks, strict=True)):
+        _check_tensor(f"params[{i}]", param)
+        if not param.is_floating_point():
+            raise ValueError(f"params[{i}] must be floating point, got {param.dtype}")
+        _check_writable(f"params[{i}]", param)
+        dtype = state_dtype(param.dtype)
+        _check_like(f"grads[{i}]", grad, f"params[{i}]", param, {param.dtype, dtype})
+        for name, tensors in states.items():
+            _check_like(f"{name}[{i}]", tensors[i], f"params[{i}]", param, {dtype})
+            _check_writable(f"{name}[{i}]", tensors[i])
+        if not isinstance(mask, Mask):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"masks[{i}] must be a Mask, got {type(mask).__name__}")
+        mask.check(param.shape)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be dense (torch.strided), got {tensor.layout}")
+
+
+def _check_like(
+    name: str, tensor: Tensor, param_name: str, param: Tensor, dtypes: set[torch.dtype]
+) -> None:
+    _check_tensor(name, tensor)
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{name} must have {param_name}'s shape {list(param.shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.device != param.device:
+        raise ValueError(
+            f"{name} must be on {param_name}'s device {param.device}, got {tensor.device}"
+        )
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(
+            f"{name} must be {expected} for {param.dtype} parameters, got {tensor.dtype}"
+        )
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if any(
+        step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{name} is updated in place and must not be expanded, got shape "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+        )
+
+
+def _check_lr(lr: float | Tensor) -> None:
+    if not isinstance(lr, Tensor):
+        _check_number("lr", lr)
+    elif lr.numel() != 1 or not lr.is_floating_point():
+        raise ValueError(f"lr must be one number, got {lr.dtype} of shape {list(lr.shape)}")
+
+
+def _check_number(name: str, value: float, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # Written so that NaN fails too.
+    if not 0 <= value < below:
+        limit = "finite" if below == math.inf else f"< {below:g}"
+        raise ValueError(f"{name} must be >= 0 and {limit}, got {value}")

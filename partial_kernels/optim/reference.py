@@ -1,0 +1,112 @@
+"""In-place SGD and AdamW over regions of tensors: the specification.
+
+Per selected element, in the states' dtype (fp32, or fp64 for fp64 parameters), rounded once when
+stored; g is the gradient, t the number of updates the region has had with this one. No other
+element is read or written.
+
+SGD::
+
+    d = g + weight_decay p
+    b = momentum b + d                    (momentum > 0; else b is absent and the step is lr d)
+    p = p - lr b                          (Nesterov: p - lr (d + momentum b))
+
+AdamW::
+
+    p = p - lr weight_decay p
+    m = m + (1 - beta1) (g - m)
+    v = beta2 v + (1 - beta2) g^2
+    p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+The order of the arithmetic is that of torch.optim, so that the results are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from partial_kernels._core.ops import Op
+from partial_kernels._core.regions import SELECTION, read, write
+
+Selections = Sequence[Tensor | None]
+
+SGD = Op(
+    "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    f"{SELECTION}, Tensor lr, float momentum, bool nesterov, float weight_decay, str impl) -> ()",
+    fake=lambda *_: None,
+)
+ADAMW = Op(
+    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    f"Tensor(c!)[] exp_avg_sqs, {SELECTION}, SymInt[] steps, "
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, str impl) -> ()",
+    fake=lambda *_: None,
+)
+
+
+def state_dtype(param: torch.dtype) -> torch.dtype:
+    """The dtype of the optimizer state, and of the arithmetic, for parameters of this dtype."""
+    return torch.float64 if param == torch.float64 else torch.float32
+
+
+@SGD.backend("reference")
+def sgd_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    rows: Selections,
+    cols: Selections,
+    elements: Selections,
+    lr: Tensor,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    rate = lr.item()
+    for i, (param, grad, *where) in enumerate(
+        zip(params, grads, rows, cols, elements, strict=True)
+    ):
+        dtype = state_dtype(param.dtype)
+        p, g = (read(t, *where).to(dtype) for t in (param, grad))
+        if weight_decay != 0:
+            g = g.add(p, alpha=weight_decay)
+        if momentum != 0:
+            buffer = read(momentum_buffers[i], *where)
+            buffer.mul_(momentum).add_(g)
+            write(momentum_buffers[i], buffer, *where)
+            g = g.add(buffer, alpha=momentum) if nesterov else buffer
+        p.add_(g, alpha=-rate)
+        write(param, p, *where)
+
+
+@ADAMW.backend("reference")
+def adamw_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    rows: Selections,
+    cols: Selections,
+    elements: Selections,
+    steps: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    rate = lr.item()
+    for param, grad, exp_avg, exp_avg_sq, step, *where in zip(
+        params, grads, exp_avgs, exp_avg_sqs, steps, rows, cols, elements, strict=True
+    ):
+        dtype = state_dtype(param.dtype)
+        p, g, m, v = (read(t, *where).to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))
+        if weight_decay != 0:
+            p.mul_(1 - rate * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        p.addcdiv_(m, denominator, value=-rate / (1 - beta1**step))
+        for tensor, values in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
+            write(tensor, values, *where)
