@@ -1,0 +1,73 @@
+"""Time and FLOPs of a training step: standard, ATS and slimmable training of a ResNet and its
+core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.paired import paired
+from maskedtrain import SubNetwork, Trainer
+from maskedtrain.methods import ATS, Method, Slimmable, Standard
+from maskedtrain.models import resnet8, resnet18
+from maskedtrain.optim import MaskedSGD
+
+# model, image side, batch size
+MODELS: dict[str, tuple[Callable[..., torch.nn.Module], int, int]] = {
+    "resnet8": (lambda: resnet8(width=32), 16, 64),
+    "resnet18": (resnet18, 32, 32),
+}
+METHODS: dict[str, Callable[[SubNetwork, SubNetwork], Method]] = {
+    "core": lambda full, core: Standard(core),
+    "standard": lambda full, core: Standard(full),
+    "ats": lambda full, core: ATS([full, core]),
+    "slimmable": lambda full, core: Slimmable([full, core]),
+}
+# Steps of one round: ATS is back where it was after two.
+STEPS = 2
+
+
+class Steps:
+    """Calling it runs ``STEPS`` training steps on one batch of random images."""
+
+    def __init__(self, model: str, method: str) -> None:
+        torch.manual_seed(0)
+        build, side, self.batch_size = MODELS[model]
+        network = build()
+        full, core = SubNetwork.full(network), SubNetwork.width(network, 0.5)
+        optimizer = MaskedSGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.trainer = Trainer(network, METHODS[method](full, core), optimizer, F.cross_entropy)
+        images = torch.randn(self.batch_size, 3, side, side)
+        self.batch = images, torch.randint(10, (self.batch_size,))
+        plans = [self.trainer.method.plan(step) for step in range(STEPS)]
+        self.flops = self.batch_size * sum(
+            item.subnet.flops(images[:1], training=True) for plan in plans for item in plan.passes
+        )
+
+    def __call__(self) -> None:
+        for _ in range(STEPS):
+            self.trainer.train_step(iter([self.batch]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_step(benchmark, note, model, method):
+    """Two training steps; then, paired, against slimmable training of the same network."""
+    steps, slimmable = Steps(model, method), Steps(model, "slimmable")
+    benchmark.group = f"{STEPS} training steps of {model}, batch {steps.batch_size}"
+    benchmark.pedantic(steps, rounds=5, warmup_rounds=1)
+    versus = paired(slimmable, steps, rounds=7)
+    note(
+        flops=steps.flops,
+        gflops_per_s=steps.flops / benchmark.stats["median"] / 1e9,
+        flops_of_slimmable=steps.flops / slimmable.flops,
+        time_of_slimmable=versus.ratio,
+        low=versus.low,
+        high=versus.high,
+        threads=torch.get_num_threads(),
+        load=versus.load,
+    )

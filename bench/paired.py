@@ -1,0 +1,83 @@
+"""Paired timing: A, B and A again alternate in one process; what counts is the median of B / A.
+
+Single times on a shared machine drift by tens of per cent within minutes; the ratio of two calls
+made one right after the other does not. The second A is the control: a round in which A / A is off
+by more than 5 % was disturbed and is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Paired", "paired"]
+
+CONTROL = 0.05
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Median of B / A with its quartiles, the A / A control, and how many rounds were kept."""
+
+    ratio: float
+    low: float
+    high: float
+    control: float
+    rounds: int
+    rejected: int
+    a_ms: float
+    b_ms: float
+    load: float
+
+
+def paired(
+    a: Callable[[], object],
+    b: Callable[[], object],
+    *,
+    rounds: int = 11,
+    warmup: int = 2,
+    synchronize: Callable[[], None] = lambda: None,
+) -> Paired:
+    """Time ``b`` against ``a`` until ``rounds`` undisturbed rounds are had.
+
+    Raises:
+        RuntimeError: after three times as many rounds there are still too few: the machine is too
+        busy.
+    """
+
+    def clock(function: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        function()
+        synchronize()
+        return time.perf_counter() - started
+
+    for _ in range(warmup):
+        clock(a)
+        clock(b)
+    kept: list[tuple[float, float, float]] = []
+    rejected = 0
+    while len(kept) < rounds:
+        first, other, second = clock(a), clock(b), clock(a)
+        if abs(second / first - 1) <= CONTROL:
+            kept.append((first, other, second))
+        elif (rejected := rejected + 1) > 2 * rounds:
+            raise RuntimeError(
+                f"too noisy: in {rejected} of {rejected + len(kept)} rounds the control was off by more "
+                f"than {CONTROL:.0%} (load {os.getloadavg()[0]:.1f})"
+            )
+    ratios = [other / ((first + second) / 2) for first, other, second in kept]
+    low, ratio, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    return Paired(
+        ratio=ratio,
+        low=low,
+        high=high,
+        control=statistics.median(second / first for first, _, second in kept),
+        rounds=rounds,
+        rejected=rejected,
+        a_ms=1e3 * statistics.median(first for first, _, _ in kept),
+        b_ms=1e3 * statistics.median(other for _, other, _ in kept),
+        load=os.getloadavg()[0],
+    )

@@ -1,0 +1,15 @@
+"""Partial ("masked") training: sub-networks of one super-network, trained at their own cost."""
+
+from maskedtrain.layers import MaskedConv2d, MaskedLinear, SwitchNorm
+from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.training.loop import Trainer
+from partial_kernels import __version__
+
+__all__ = [
+    "MaskedConv2d",
+    "MaskedLinear",
+    "SubNetwork",
+    "SwitchNorm",
+    "Trainer",
+    "__version__",
+]

@@ -1,0 +1,1 @@
+"""The commands of ``maskedtrain``: every module here with ``main(arguments, console)`` is one."""

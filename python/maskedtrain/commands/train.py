@@ -1,0 +1,79 @@
+"""train a network and its sub-networks together, or resume a run"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from maskedtrain import methods, models
+from maskedtrain.commands._options import parse, take
+from maskedtrain.config import TrainConfig, to_dict, unknown_name
+from maskedtrain.presets import PRESETS, preset
+from maskedtrain.training.console import Console
+from maskedtrain.training.run import read_config, train
+
+# What may differ when a run goes on: nothing that the next step depends on.
+_FREE = {"data", "device", "threads"}
+_FREE |= {"max_steps", "eval_every", "save_every", "keep_last", "log_every"}
+
+
+def main(arguments: Sequence[str], console: Console) -> None:
+    """Options: ``--preset NAME``, ``--resume RUN``, ``--method NAME``, ``--model NAME``, then
+    single values.
+    """
+    resumed, rest = take(arguments, "--resume")
+    named, rest = take(rest, "--preset")
+    method, rest = take(rest, "--method")
+    model, rest = take(rest, "--model")
+    if resumed is None:
+        default = TrainConfig() if named is None else preset(named)
+    elif (named, method, model) != (None, None, None):
+        raise ValueError("--resume goes on with a run as it was: no --preset, --method or --model")
+    else:
+        default = read_config(Path(resumed))
+    if method is not None:
+        default = replace(default, method=_of(methods.configs(), "method", method))
+    if model is not None:
+        default = replace(default, model=_of(models.configs(), "model", model))
+    config = parse(TrainConfig, rest, command="train", default=default, about=_about())
+    if resumed is not None:
+        _check_unchanged(default, config)
+    rows = train(config, console, resume=resumed is not None)
+    console.print()
+    console.results_table(rows)
+    console.print(f"\nwritten to {config.run.out}")
+
+
+def _of(configs: dict[str, type[Any]], kind: str, name: str) -> Any:
+    if name not in configs:
+        raise unknown_name(kind, name, configs)
+    return configs[name]()
+
+
+def _check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
+    old, new = to_dict(before), to_dict(after)
+    for group, values in old.items():
+        for name, value in values.items():
+            if name not in _FREE and new[group][name] != value:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} cannot change when a run goes on: "
+                    f"it is {value}, got {new[group][name]}"
+                )
+
+
+def _about() -> str:
+    """The part of the help on what is not an option of the configuration."""
+    entries = {
+        "--preset NAME": f"Start from a preset: {', '.join(PRESETS)}",
+        "--resume RUN": "Go on with the run in this folder, bitwise as if never stopped.",
+        "--method NAME": f"Training method, its own options below: {', '.join(methods.configs())}",
+        "--model NAME": f"Model, its own options below: {', '.join(models.configs())}",
+    }
+    lines = ["Train a network and its sub-networks together, or resume a run."]
+    for flag, text in entries.items():
+        lines.append(f"  {flag}")
+        lines += (" " * 6 + line for line in textwrap.wrap(text, 70, break_on_hyphens=False))
+    return "\n".join(lines)

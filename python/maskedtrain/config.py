@@ -1,0 +1,218 @@
+"""What a training run is: one typed configuration, made by a preset, the command line or a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from maskedtrain import methods, models
+from maskedtrain.methods import MethodConfig
+from maskedtrain.methods.ats import Config as ATSConfig
+from maskedtrain.models import ModelConfig
+from maskedtrain.models.resnet import Config as ResNetConfig
+
+__all__ = [
+    "DataConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+    "unknown_name",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data."""
+
+    dataset: str = "digits"
+    """Name of the data set: digits (embedded in scikit-learn) or cifar10."""
+    data: Path | None = None
+    """Folder of the data set's files; for cifar10 the official binary records, as they are."""
+    image_size: int | None = None
+    """Side to which images are resized, in pixels; the data set's own where not given."""
+    batch_size: int = 128
+    """Images a step."""
+    eval_batch_size: int = 500
+    """Images a forward pass of an evaluation."""
+    augment: bool = True
+    """Random crops and, where the data set allows, flips of the training images."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """MaskedSGD or MaskedAdamW."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov momentum of sgd."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of adamw's moments."""
+    weight_decay: float = 5e-4
+    """Weight decay: coupled for sgd, decoupled for adamw."""
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    """Learning rate after warm-up: to 0 by a cosine, divided by 10 at milestones, or constant."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Milestones of the multistep schedule, as shares of all steps."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly to its peak."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    accumulate: int = 1
+    """Mini-batches whose gradients are averaged for one step."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, accumulate=self.accumulate)
+        _at_least(0, lr=self.lr, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm must be > 0, got {self.clip_grad_norm}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, output, hardware."""
+
+    out: Path = Path("runs/latest")
+    """Folder of the run: checkpoints, metrics, plots."""
+    epochs: float = 10.0
+    """Length of the run and of its schedule, in passes over the training images."""
+    max_steps: int | None = None
+    """Stop after so many steps, in the middle of the schedule; --resume goes on from there."""
+    eval_every: int | None = None
+    """Steps between evaluations; an epoch where not given."""
+    save_every: int | None = None
+    """Steps between checkpoints; an epoch where not given."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    log_every: int = 10
+    """Steps of each network between two lines of its loss in metrics.jsonl."""
+    seed: int = 0
+    """Seed of initialisation, batches and augmentation."""
+    device: str = "auto"
+    """Device, such as cpu or cuda; auto takes cuda where there is one."""
+    bf16: bool = False
+    """Forward passes in bfloat16 (autocast); parameters and optimizer stay float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Convolutions in channels-last layout."""
+    threads: int | None = None
+    """CPU threads; torch's own choice where not given."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, keep_last=self.keep_last, log_every=self.log_every)
+        for name in ("max_steps", "eval_every", "save_every", "threads"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(1, **{name: value})
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be > 0, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ResNetConfig)
+    method: MethodConfig = field(default_factory=ATSConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON-ready values; ``from_dict`` is the inverse."""
+    result = cast("dict[str, Any]", _encode(config))
+    result["model"] = {"name": config.model.name, **result["model"]}
+    result["method"] = {"name": config.method.name, **result["method"]}
+    return result
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that ``to_dict`` wrote.
+
+    Raises:
+        ValueError: unknown names or values of the wrong type.
+    """
+    return cast(TrainConfig, _decode(TrainConfig, values, "config"))
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the known ones, with the nearest of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def _at_least(least: float, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in cast("tuple[Any, ...]", value)]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind in (MethodConfig, ModelConfig):
+        known = methods.configs() if kind is MethodConfig else models.configs()
+        name = value.get("name") if isinstance(value, Mapping) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        if not isinstance(name, str) or name not in known:
+            raise unknown_name(where, str(name), known)  # pyright: ignore[reportUnknownArgumentType]
+        rest = {
+            key: item for key, item in cast("Mapping[str, Any]", value).items() if key != "name"
+        }
+        return _decode(known[name], rest, where)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a table, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        fields = {f.name for f in dataclasses.fields(kind)}
+        for key in cast("Mapping[str, Any]", value):
+            if key not in fields:
+                raise unknown_name(f"option of {where}", key, fields)
+        decoded = {
+            key: _decode(hints[key], item, f"{where}.{key}")
+            for key, item in cast("Mapping[str, Any]", value).items()
+        }
+        return cast(Any, kind)(**decoded)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _decode(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} must be one of {list(arguments)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return tuple(_decode(arguments[0], item, where) for item in cast("list[Any]", value))
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,8 @@
+"""Drop-in layers that compute with the active sub-network's part of their parameters."""
+
+from maskedtrain.layers.base import Active, MaskedModule
+from maskedtrain.layers.conv import MaskedConv2d
+from maskedtrain.layers.linear import MaskedLinear
+from maskedtrain.layers.norm import SwitchNorm
+
+__all__ = ["Active", "MaskedConv2d", "MaskedLinear", "MaskedModule", "SwitchNorm"]

@@ -1,0 +1,100 @@
+"""What layers that know about sub-networks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from partial_kernels import Full, Index, Mask, Prefix
+
+__all__ = ["Active", "MaskedModule", "row_mask"]
+
+
+@dataclass(frozen=True)
+class Active:
+    """The sub-network a module computes with: its name and the mask of each of the module's
+    parameters.
+
+    ``implied`` are the names of parameters whose mask is the one that the module implies for them.
+    """
+
+    subnet: str
+    masks: Mapping[str, Mask | None]
+    implied: frozenset[str]
+
+
+class MaskedModule(nn.Module):
+    """A module that computes with the active sub-network's part of its parameters alone.
+
+    ``SubNetwork.activate()`` sets ``active``; with None the module is its plain ``torch.nn``
+    parent.
+    """
+
+    active: Active | None = None
+
+    def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
+        """Masks that follow from the masks of other parameters (a bias follows its weight's
+        rows).
+        """
+        return {}
+
+    def foreign_parameters(self, subnet: str) -> Iterable[str]:
+        """Names of this module's parameters that belong to other sub-networks alone."""
+        return ()
+
+    def part(self, name: str) -> Tensor | None:
+        """A parameter as the active sub-network sees it; None where it does not exist or is
+        outside.
+        """
+        tensor = getattr(self, name)
+        if tensor is None or self.active is None:
+            return tensor
+        mask = self.active.masks[name]
+        return None if mask is None else mask.restrict(tensor)
+
+    def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Module:
+        """The ``torch.nn`` module that computes what this one does with the sub-network active."""
+        raise NotImplementedError
+
+
+class Copier:
+    """Makes the tensors of an extracted module: copies, or views onto the super-network's storage.
+
+    Tied parameters with equal masks stay tied.
+    """
+
+    def __init__(self, *, share: bool) -> None:
+        self.share = share
+        self._made: dict[tuple[int, Mask], nn.Parameter] = {}
+
+    def tensor(self, source: Tensor, mask: Mask | None) -> Tensor:
+        """The part of a buffer that the mask keeps."""
+        source = source.detach()
+        if mask is None:
+            return source.new_zeros(source.shape)
+        part = mask.restrict(source)
+        if not self.share:
+            return part.clone()
+        if mask.views(source) is None:
+            raise ValueError(f"share=True needs masks that are views (Full, Prefix), got {mask}")
+        return part
+
+    def parameter(self, source: Tensor, mask: Mask | None) -> nn.Parameter:
+        """The part of a parameter that the mask keeps."""
+        if mask is None:
+            return nn.Parameter(self.tensor(source, None), requires_grad=False)
+        key = (id(source), mask)
+        if key not in self._made:
+            self._made[key] = nn.Parameter(self.tensor(source, mask), source.requires_grad)
+        return self._made[key]
+
+
+def row_mask(mask: Mask | None) -> Mask | None:
+    """The mask of a vector that follows the rows of a parameter with this mask."""
+    if isinstance(mask, Prefix):
+        return Full() if mask.rows is None else Prefix(mask.rows)
+    if isinstance(mask, Index):
+        return Full() if mask.rows is None else Index(mask.rows)
+    return None if mask is None else Full()

@@ -1,0 +1,20 @@
+"""Training methods: each one file, each a choice of masks and perturbations (``base.Plan``).
+
+A file of this folder that defines ``Config`` (a ``MethodConfig`` with a ``name``) is a method that
+``maskedtrain train --method NAME`` knows; there is no list to edit.
+"""
+
+from __future__ import annotations
+
+from maskedtrain.discovery import find_configs
+from maskedtrain.methods.ats import ATS
+from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
+from maskedtrain.methods.slimmable import Slimmable
+from maskedtrain.methods.standard import Standard
+
+__all__ = ["ATS", "Method", "MethodConfig", "Pass", "Plan", "Slimmable", "Standard", "configs"]
+
+
+def configs() -> dict[str, type[MethodConfig]]:
+    """Every method's options, by the method's name."""
+    return find_configs(__name__, __path__, MethodConfig)

@@ -1,0 +1,124 @@
+"""The template of partial SGD: every method is a choice of masks and perturbations, written as a
+plan.
+
+    x_{t+1} = x_t - lr_t * alpha_t * p_t * g_t,      g_t a stochastic gradient at x_t + dx_t
+
+(Algorithm 1 of "Masked Training of Neural Networks with Partial Gradients", AISTATS 2022.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from maskedtrain.subnetwork import SubNetwork
+
+__all__ = ["Method", "MethodConfig", "Pass", "Plan"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass of a step: a gradient of ``loss_weight * f`` at ``x + dx``.
+
+    Running a sub-network is the perturbation ``dx = -(1 - p) * x``. ``perturbed()`` is a context in
+    which the parameters are moved by any further ``dx``, and from which they come back exactly.
+    """
+
+    subnet: SubNetwork
+    loss_weight: float = 1.0
+    perturbed: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does: its passes, the parameters it updates (p_t), its step-size factor
+    (alpha_t).
+    """
+
+    passes: tuple[Pass, ...]
+    update: SubNetwork
+    lr_scale: float = 1.0
+
+    def backward(self, loss: Callable[[], Tensor], *, scale: float = 1.0) -> dict[str, Tensor]:
+        """Run every pass and add up the gradients in ``parameter.grad``.
+
+        Args:
+            loss: computes the loss of the model as it is then active, on this step's batch.
+            scale: multiplies the gradients (1 / number of micro-batches under accumulation).
+
+        Returns:
+            Each pass's loss, by the name of its sub-network, detached and unscaled.
+        """
+        losses: dict[str, Tensor] = {}
+        for item in self.passes:
+            with item.perturbed(), item.subnet.activate():
+                value = loss()
+                (value * (item.loss_weight * scale)).backward()
+            losses[item.subnet.name] = value.detach()
+        return losses
+
+
+class Method:
+    """A way to train sub-networks of one super-network.
+
+    A subclass gives ``plan``; it overrides the hooks and the state if it has any. In a stock loop::
+
+        plan = method.plan(step)
+        plan.backward(lambda: criterion(model(x), y))
+        optimizer.step(plan.update, lr_scale=plan.lr_scale)
+        optimizer.zero_grad()
+
+    Args:
+        subnets: the networks that the method trains, the ones worth evaluating.
+    """
+
+    def __init__(self, subnets: Sequence[SubNetwork]) -> None:
+        if not subnets:
+            raise ValueError("a method needs at least one sub-network")
+        names = [subnet.name for subnet in subnets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sub-networks need different names, got {names}")
+        if any(subnet.model is not subnets[0].model for subnet in subnets):
+            raise ValueError("the sub-networks belong to different models")
+        self.subnets: dict[str, SubNetwork] = dict(zip(names, subnets, strict=True))
+
+    def plan(self, step: int) -> Plan:
+        """The plan of step ``step`` (0, 1, ...); a pure function of it and of the method's
+        state.
+        """
+        raise NotImplementedError
+
+    def after_backward(self, step: int, plan: Plan) -> Plan:
+        """Called with the gradients in place; may return a plan with another update mask or step
+        size.
+        """
+        return plan
+
+    def after_step(self, step: int, plan: Plan) -> None:
+        """Called after the optimizer's update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``plan`` depends on beyond the step: numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Options of a method; a subclass in each method's file, named ``Config``."""
+
+    name: ClassVar[str]
+
+    def build(self, model: nn.Module) -> Method:
+        """The method for this model (adds what sub-networks need to it: make the optimizer
+        afterwards).
+        """
+        raise NotImplementedError

@@ -1,0 +1,327 @@
+"""``SubNetwork``: a mask over the parameters of a super-network, as something one can run and
+train.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskedtrain.layers.base import Active, Copier, MaskedModule
+from maskedtrain.layers.norm import SwitchNorm
+from partial_kernels import Full, Mask
+from partial_kernels.masks import union
+
+__all__ = ["SubNetwork", "active_count"]
+
+
+class SubNetwork:
+    """Part of a super-network: parameter name -> mask.
+
+    A parameter that is not named is ``Full``, or has the mask that its layer implies (a bias
+    follows its weight's rows); ``None`` puts it outside: it counts as zero in the forward pass and
+    is not trained. Parameters that belong to other sub-networks alone (another's ``SwitchNorm``
+    branch), or that the model gets later, are outside.
+
+    Args:
+        model: the super-network. Its parameters must stay the same objects.
+        masks: masks by parameter name, as in ``model.named_parameters()``.
+        name: what the sub-network is called in logs and by ``SwitchNorm``.
+
+    Raises:
+        ValueError: unknown parameter name, or a mask that does not fit its parameter.
+
+    Example:
+        >>> masks = {"0.weight": pk.Prefix(64), "2.weight": pk.Prefix(None, 64)}
+        >>> core = SubNetwork(model, masks, name="core")
+        >>> with core.activate():
+        ...     loss = criterion(model(x), y)
+        >>> loss.backward()
+        >>> optimizer.step(core)
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Mask | None], *, name: str) -> None:
+        self.model = model
+        self.name = name
+        known = dict(model.named_parameters(remove_duplicate=False))
+        for parameter in masks:
+            if parameter not in known:
+                raise ValueError(
+                    f"the model has no parameter {parameter!r}{_near(parameter, known)}"
+                )
+        self.masks: dict[str, Mask | None] = {}
+        self._active: list[tuple[MaskedModule, Active]] = []
+        self._zeroed: list[tuple[nn.Module, str, Mask | None]] = []
+        for prefix, module in model.named_modules():
+            self._add_module(prefix, module, masks)
+        self._by_parameter: dict[nn.Parameter, Mask | None] = {}
+        for parameter, mask in self.masks.items():
+            earlier = self._by_parameter.setdefault(known[parameter], mask)
+            if earlier != mask:
+                raise ValueError(
+                    f"{parameter} is tied to a parameter with another mask: {earlier}, {mask}"
+                )
+
+    def _add_module(self, prefix: str, module: nn.Module, masks: Mapping[str, Mask | None]) -> None:
+        """Settle the masks of one module's own parameters, and how the module gets to know them."""
+        dot = f"{prefix}." if prefix else ""
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        named = {name: masks[dot + name] for name in own if dot + name in masks}
+        aware = isinstance(module, MaskedModule)
+        implied = module.implied_masks(named) if aware else {}
+        settled = {name: named.get(name, implied.get(name, Full())) for name in own}
+        for name, mask in settled.items():
+            # What a SwitchNorm said of its branches stands when the walk reaches them.
+            self.masks.setdefault(dot + name, mask)
+            if mask is None:
+                continue
+            try:
+                mask.check(own[name].shape)
+            except ValueError as error:
+                raise ValueError(f"{dot + name}: {error}") from None
+        if aware:
+            for foreign in module.foreign_parameters(self.name):
+                self.masks[dot + foreign] = masks.get(dot + foreign)
+            follows = frozenset(name for name in implied if settled[name] == implied[name])
+            self._active.append((module, Active(self.name, settled, follows)))
+        else:
+            self._zeroed += [
+                (module, name, mask)
+                for name, mask in settled.items()
+                if mask is None or mask.numel(own[name].shape) < own[name].numel()
+            ]
+
+    @classmethod
+    def full(cls, model: nn.Module, *, name: str = "full") -> SubNetwork:
+        """The super-network itself: everything but what belongs to other sub-networks alone."""
+        return cls(model, {}, name=name)
+
+    @classmethod
+    def width(
+        cls,
+        model: nn.Module,
+        ratio: float,
+        *,
+        name: str = "core",
+        round_to: int = 16,
+        separate_norm: bool = True,
+    ) -> SubNetwork:
+        """The narrow network of the first ``ratio`` of every hidden width, nested for smaller
+        ratios.
+
+        Args:
+            model: a model with ``width_masks(ratio, round_to) -> {parameter name: mask}``, such as
+                those of ``maskedtrain.models``.
+            ratio: in (0, 1].
+            round_to: widths become multiples of it where the layer allows (see ``active_count``).
+            separate_norm: give the sub-network batch norms of its own (adds parameters to the
+                model's ``SwitchNorm`` layers: make the optimizer afterwards).
+        """
+        if not hasattr(model, "width_masks"):
+            raise TypeError(
+                f"{type(model).__name__} has no width_masks(ratio, round_to); name the masks "
+                "yourself: SubNetwork(model, {parameter name: mask}, name=...)"
+            )
+        masks: dict[str, Mask | None] = dict(model.width_masks(ratio, round_to))  # pyright: ignore[reportCallIssue]
+        if separate_norm:
+            for prefix, module in model.named_modules():
+                weight = f"{prefix}.weight"
+                mask = masks.get(weight)
+                if isinstance(module, SwitchNorm) and mask is not None:
+                    module.add_branch(name, mask)
+                    del masks[weight]
+        return cls(model, masks, name=name)
+
+    def __repr__(self) -> str:
+        return f"SubNetwork({self.name!r}, {self.numel():,} parameters)"
+
+    def mask_of(self, parameter: nn.Parameter) -> Mask | None:
+        """The mask of one of the model's parameters; None where it is outside."""
+        return self._by_parameter.get(parameter)
+
+    def numel(self) -> int:
+        """Number of parameters inside."""
+        return sum(
+            0 if mask is None else mask.numel(parameter.shape)
+            for parameter, mask in self._by_parameter.items()
+        )
+
+    def issubset(self, other: SubNetwork) -> bool:
+        """Whether every element of this sub-network is in the other, of the same model.
+
+        Norms that a sub-network has for itself (``SwitchNorm`` branches) are left out of the
+        comparison.
+        """
+        if other.model is not self.model:
+            raise ValueError("the sub-networks belong to different models")
+        own = {
+            parameter
+            for module in self.model.modules()
+            if isinstance(module, SwitchNorm)
+            for parameter in module.parameters()
+            if self.name in module.branches
+        }
+        for parameter, mask in self._by_parameter.items():
+            if mask is None or parameter in own:
+                continue
+            outer = other.mask_of(parameter)
+            if outer is None or not mask.issubset(outer, parameter.shape):
+                return False
+        return True
+
+    @staticmethod
+    def union(*subnets: SubNetwork, name: str = "union") -> SubNetwork:
+        """The parameters that at least one of the sub-networks of one model holds."""
+        masks: dict[str, Mask | None] = {}
+        parameters = dict(subnets[0].model.named_parameters(remove_duplicate=False))
+        for subnet in subnets:
+            for parameter, mask in subnet.masks.items():
+                earlier = masks.get(parameter)
+                if earlier is None or mask is None:
+                    masks[parameter] = mask if earlier is None else earlier
+                else:
+                    masks[parameter] = union(earlier, mask, parameters[parameter].shape)
+        return SubNetwork(subnets[0].model, masks, name=name)
+
+    @contextmanager
+    def activate(self) -> Iterator[SubNetwork]:
+        """Within it, ``model(x)`` computes the sub-network alone. Not thread-safe: it sets the
+        modules.
+        """
+        before = [module.active for module, _ in self._active]
+        with ExitStack() as stack:
+            try:
+                for module, active in self._active:
+                    module.active = active
+                for module, name, mask in self._zeroed:
+                    stack.enter_context(_zeroed(module, name, mask))
+                yield self
+            finally:
+                for (module, _), active in zip(self._active, before, strict=True):
+                    module.active = active
+
+    def extract(self, *, share: bool = False) -> nn.Module:
+        """The sub-network as a module of its own, of plain ``torch.nn`` layers with the model's
+        structure.
+
+        The model's own container classes stay; none of this package's layers is left, so that
+        nothing is masked any more and outputs equal the active sub-network's.
+
+        Args:
+            share: parameters and buffers are views onto the super-network's storage instead of
+                copies, so that training the extracted module trains the super-network's part. Needs
+                masks that are views.
+        """
+        if share and self._zeroed:
+            module, name, _ = self._zeroed[0]
+            raise ValueError(
+                f"share=True cannot zero part of {type(module).__name__}.{name}; use share=False"
+            )
+        copier = Copier(share=share)
+        replaced: dict[int, Any] = {}
+        for module, active in self._active:
+            replaced[id(module)] = module.plain(active.masks, self.name, copier)
+        if share:
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                replaced[id(tensor)] = tensor
+        extracted = copy.deepcopy(self.model, replaced)
+        for module, name, mask in self._zeroed:
+            # deepcopy has noted in its memo what each module became.
+            parameter = replaced[id(module)].get_parameter(name)
+            with torch.no_grad():
+                parameter.copy_(_restricted(parameter, mask))
+        return extracted
+
+    def flops(self, *inputs: Any, training: bool = False) -> int:
+        """FLOPs (2 per multiply-add) of a forward pass on inputs of these shapes, counted by torch.
+
+        Nothing is computed and nothing changes: the pass runs on fake tensors.
+
+        Args:
+            inputs: example inputs of the model; only shapes and dtypes matter.
+            training: count a backward pass (of the output's sum) too.
+        """
+        counter = FlopCounterMode(display=False)
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)  # the masks' own tensors stay real
+        with fakes as mode, self.activate(), counter, torch.set_grad_enabled(training):
+            # Fake twins, so that a forward in training mode cannot move running statistics.
+            state: dict[str, Tensor] = {
+                n: mode.from_tensor(tensor) for n, tensor in tensors.items()
+            }
+            fake = tuple(mode.from_tensor(i) if isinstance(i, Tensor) else i for i in inputs)
+            output = torch.func.functional_call(self.model, state, fake)
+            if training:
+                wanted = [tensor for tensor in state.values() if tensor.requires_grad]
+                torch.autograd.grad(output.sum(), wanted, allow_unused=True)
+        return counter.get_total_flops()
+
+
+def active_count(total: int, ratio: float, round_to: int = 16) -> int:
+    """How many of ``total`` a width of ``ratio`` keeps: ``ratio * total``, to a multiple of
+    ``round_to``.
+
+    Odd counts make matrix products several times slower on GPUs. Where the multiple would leave
+    nothing or, for a ratio under 1, everything, smaller multiples are tried: 8, 4, 2, 1 from 16.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    if round_to < 1:
+        raise ValueError(f"round_to must be >= 1, got {round_to}")
+    if ratio == 1:
+        return total
+    multiple = round_to
+    while multiple > 1:
+        count = round(total * ratio / multiple) * multiple
+        if 0 < count < total:
+            return count
+        multiple //= 2
+    return max(1, round(total * ratio))
+
+
+@contextmanager
+def _zeroed(module: nn.Module, name: str, mask: Mask | None) -> Iterator[None]:
+    """Within it, each forward of a plain module sees one of its parameters as zero off the mask."""
+    if mask is not None and mask.compact:
+        raise TypeError(
+            f"{type(module).__name__}.{name} has the compact mask {mask}, which only layers of "
+            "maskedtrain.layers compute with; an Element mask works with any module"
+        )
+    parameters: dict[str, Any] = module._parameters
+    hidden: list[Tensor] = []
+
+    # At each call: the graph of one restriction serves one backward, and the parameter may be
+    # another by then (torch.func.functional_call).
+    def swap(*_: Any) -> None:
+        hidden.append(parameters[name])
+        parameters[name] = _restricted(parameters[name], mask)
+
+    def restore(*_: Any) -> None:
+        if hidden:
+            parameters[name] = hidden.pop()
+
+    before = module.register_forward_pre_hook(swap)
+    after = module.register_forward_hook(restore, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+        restore()
+
+
+def _restricted(parameter: Tensor, mask: Mask | None) -> Tensor:
+    return torch.zeros_like(parameter) if mask is None else mask.restrict(parameter)
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

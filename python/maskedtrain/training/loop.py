@@ -1,0 +1,270 @@
+"""The training loop: batch -> plan -> forward and backward -> optimizer -> method's hook."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from maskedtrain.methods.base import Method
+from maskedtrain.optim.base import MaskedOptimizer
+from maskedtrain.subnetwork import SubNetwork
+
+__all__ = ["Evaluation", "NonFiniteError", "StepReport", "Trainer", "evaluate", "evaluation_mode"]
+
+Batch = tuple[Tensor, Tensor]
+
+_ADVICE = "Try a lower learning rate, a warm-up or gradient clipping"
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, or a weight, was NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: the count of steps with it, losses by sub-network, the learning rate of
+    the update, and the gradient's norm before clipping.
+    """
+
+    step: int
+    losses: dict[str, Tensor]
+    lr: float
+    grad_norm: Tensor | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy (a fraction) of a sub-network over ``count`` targets."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+
+class Trainer:
+    """Trains the sub-networks of a model by a method. Any model, any loss, any batches.
+
+    Args:
+        model: the super-network, on its device.
+        method: what each step trains, such as ``ATS([full, core])``.
+        optimizer: one whose ``step`` takes a sub-network: ``MaskedSGD`` or ``MaskedAdamW``.
+        loss_fn: mean loss ``loss_fn(model(inputs), targets)`` of batches ``(inputs, targets)``.
+        scheduler: a torch scheduler, stepped once a step.
+        autocast: dtype of the forward passes (``torch.bfloat16``), or None.
+        clip_grad_norm: largest norm of the gradient.
+        accumulate: mini-batches whose gradients are averaged for one step.
+        compile: run the training passes through ``torch.compile``.
+        check_every: steps between checks that losses are finite. A check waits for the device;
+            before a step it keeps a bad gradient from being applied, so 1 is right wherever that
+            costs little.
+
+    Example:
+        >>> optimizer = MaskedSGD(model.parameters(), lr=0.1)
+        >>> trainer = Trainer(model, ATS([full, core]), optimizer, F.cross_entropy)
+        >>> for report in trainer.steps(batches, until=1000): ...
+        >>> trainer.evaluate(test_batches, core).accuracy
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        optimizer: MaskedOptimizer,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        scheduler: LRScheduler | None = None,
+        autocast: torch.dtype | None = None,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+        compile: bool = False,
+        check_every: int = 1,
+    ) -> None:
+        if accumulate < 1 or check_every < 1:
+            raise ValueError(
+                f"accumulate and check_every must be >= 1, got {accumulate} and {check_every}"
+            )
+        self.model = model
+        self.method = method
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.scheduler = scheduler
+        self.autocast = autocast
+        self.clip_grad_norm = clip_grad_norm
+        self.accumulate = accumulate
+        self.check_every = check_every
+        self.step = 0
+        self.passes = dict.fromkeys(method.subnets, 0)
+        self._losses: dict[str, Tensor] = {}
+        self._forward = torch.compile(model) if compile else model
+        self._device = next(model.parameters()).device
+
+    def steps(self, batches: Iterable[Batch], *, until: int) -> Iterator[StepReport]:
+        """Train until ``until`` steps are done in all; yields after each.
+
+        Raises:
+            NonFiniteError, ValueError: as ``train_step``.
+        """
+        stream = iter(batches)
+        while self.step < until:
+            yield self.train_step(stream)
+
+    def train_step(self, batches: Iterator[Batch]) -> StepReport:
+        """One step, on the next ``accumulate`` batches.
+
+        Raises:
+            NonFiniteError: a loss was not finite; with ``check_every=1`` no parameter and no state
+                of the optimizer has changed (running statistics have, in the forward pass).
+            ValueError: there are no more batches.
+        """
+        self.model.train()
+        plan = self.method.plan(self.step)
+        losses: dict[str, Tensor] = {}
+        for _ in range(self.accumulate):
+            batch = next(batches, None)
+            if batch is None:
+                self.optimizer.zero_grad()
+                raise ValueError(f"the batches ended after {self.step} steps")
+            found = plan.backward(lambda b=batch: self._loss(b), scale=1 / self.accumulate)
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0) + loss / self.accumulate
+        self._losses = losses
+        if self.step % self.check_every == 0:
+            self._check_losses(self.step + 1)
+        plan = self.method.after_backward(self.step, plan)
+        grad_norm = None
+        if self.clip_grad_norm is not None:
+            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step(plan.update, lr_scale=plan.lr_scale)
+        self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.method.after_step(self.step, plan)
+        self.step += 1
+        for name in losses:
+            self.passes[name] = self.passes.get(name, 0) + 1
+        return StepReport(self.step, losses, lr * plan.lr_scale, grad_norm)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        inputs, targets = batch
+        with torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None):
+            return self.loss_fn(self._forward(inputs), targets)
+
+    def check(self) -> None:
+        """Raise NonFiniteError if the last step's losses or the weights are not finite: worth
+        asking before they are saved.
+        """
+        self._check_losses(self.step)
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"{name} is not finite after step {self.step}. {_ADVICE}")
+
+    def _check_losses(self, step: int) -> None:
+        for name, loss in self._losses.items():
+            if not torch.isfinite(loss):
+                self.optimizer.zero_grad()
+                raise NonFiniteError(
+                    f"the loss of {name} is {loss.item()} at step {step}. {_ADVICE}"
+                )
+
+    def evaluate(self, batches: Iterable[Batch], subnet: SubNetwork) -> Evaluation:
+        """Loss and accuracy of a sub-network, computed as the training passes are; see
+        ``evaluate``.
+        """
+        return evaluate(self.model, subnet, batches, self.loss_fn, autocast=self.autocast)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bitwise continuation needs beside the model's weights and the batches'
+        position.
+        """
+        return {
+            "step": self.step,
+            "passes": dict(self.passes),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "method": self.method.state_dict(),
+            "rng": _rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``; sets the global random number generators too."""
+        self.step = state["step"]
+        self.passes = dict(state["passes"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.method.load_state_dict(state["method"])
+        _set_rng_state(state["rng"])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    subnet: SubNetwork,
+    batches: Iterable[Batch],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Mean loss and accuracy (arg max of the output's last axis) of a sub-network.
+
+    ``loss_fn`` is a mean over targets, which batches may have different numbers of. The model comes
+    back as it was. Raises ValueError where there are no batches.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    count = 0
+    with evaluation_mode(model), subnet.activate():
+        for inputs, targets in batches:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                outputs = model(inputs)
+                loss = loss_fn(outputs, targets)
+            right = (outputs.argmax(-1) == targets).sum()
+            total += torch.stack([loss.double() * targets.numel(), right.double()])
+            count += targets.numel()
+    if count == 0:
+        raise ValueError("there is nothing to evaluate on: no batches")
+    loss, right = (total / count).tolist()
+    return Evaluation(loss, right, count)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it every module is in evaluation mode; each comes back to its own mode after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _rng_state() -> dict[str, Any]:
+    """The state of every global generator, in types that load without unpickling code."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one is what is saved
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
