@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partial_kernels._core.checks import check_linear, compute_dtype
+from partial_kernels._core.ops import plain_call
 from partial_kernels.masks import Full, Mask
 
 __all__ = ["masked_linear", "masks_linear"]
@@ -70,6 +71,7 @@ def masked_linear(
     rows, cols = mask.restricted_shape(weight.shape)
     check_linear(x, weight, bias, rows=rows, cols=cols)
     if isinstance(mask, Full):
+        plain_call("masked_linear", impl)
         return F.linear(x, weight, bias)
     # -1 for the tokens would be ambiguous where no column is kept.
     x_TI = x.to(compute_dtype(x)).reshape(math.prod(x.shape[:-1]), cols)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
-__all__ = ["Choice", "Explained", "Op", "explaining"]
+__all__ = ["Choice", "Explained", "Op", "explaining", "plain_call"]
 
 # Parts of torch without complete types.
 _library: Any = torch.library
@@ -153,3 +153,18 @@ class Op:
         for position in self._mutated:
             torch.autograd.graph.increment_version(args[position])
         return result
+
+
+def plain_call(name: str, impl: str) -> None:
+    """Say that a function is about to make one plain PyTorch call, which has no backends.
+
+    Raises:
+        RuntimeError: ``impl`` names a backend: there is none to run.
+        Explained: within ``explaining()``.
+    """
+    if impl not in ("auto", "torch"):
+        raise RuntimeError(f"{name}: this is one plain PyTorch call, impl={impl!r} cannot run it")
+    # Dynamo does not trace context variables; nothing is explained where it traces.
+    if not torch.compiler.is_compiling() and _explaining.get():
+        reason = {"partial_kernels": "this is one plain PyTorch call"}
+        raise Explained(Choice(name, "torch", reason))

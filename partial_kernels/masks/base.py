@@ -26,7 +26,8 @@ class Mask:
     """True where the sub-network sees a smaller tensor, False where it sees zeros off the mask."""
 
     def __init_subclass__(cls) -> None:
-        Mask.kinds[cls.__name__] = cls
+        if "compact" in cls.__dict__:
+            Mask.kinds[cls.__name__] = cls
 
     def check(self, shape: Shape) -> None:
         """Raise ValueError if this mask cannot belong to a parameter of this shape."""
@@ -71,7 +72,10 @@ class Mask:
     def from_state(state: dict[str, Any]) -> Mask:
         """The mask that ``state()`` described."""
         fields = dict(state)
-        return Mask.kinds[fields.pop("kind")]._from_fields(**fields)
+        kind = fields.pop("kind", None)
+        if kind not in Mask.kinds:
+            raise ValueError(f"a mask's kind must be one of {sorted(Mask.kinds)}, got {kind!r}")
+        return Mask.kinds[kind]._from_fields(**fields)
 
     @classmethod
     def _from_fields(cls, **fields: Any) -> Mask:

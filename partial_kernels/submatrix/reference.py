@@ -64,14 +64,19 @@ def dweight(
 ) -> Tensor:
     dweight_SC = (dy_TS.mT @ x_TC).to(weight_OI.dtype)
     outputs, inputs = weight_OI.shape
-    if col_index is not None:
-        dweight_SI = dweight_SC.new_zeros(dweight_SC.shape[0], inputs)
-        dweight_SI = dweight_SI.index_copy(1, col_index, dweight_SC)
+    # What an index does not place, one padding does.
+    right = below = 0
+    if col_index is None:
+        right = inputs - dweight_SC.shape[1]
     else:
-        dweight_SI = F.pad(dweight_SC, (0, inputs - dweight_SC.shape[1]))
-    if row_index is not None:
-        return dweight_SI.new_zeros(outputs, inputs).index_copy(0, row_index, dweight_SI)
-    return F.pad(dweight_SI, (0, 0, 0, outputs - rows))
+        wide = dweight_SC.new_zeros(dweight_SC.shape[0], inputs)
+        dweight_SC = wide.index_copy(1, col_index, dweight_SC)
+    if row_index is None:
+        below = outputs - rows
+    else:
+        tall = dweight_SC.new_zeros(outputs, dweight_SC.shape[1])
+        dweight_SC = tall.index_copy(0, row_index, dweight_SC)
+    return F.pad(dweight_SC, (0, right, 0, below))
 
 
 def dbias(

@@ -236,7 +236,7 @@ def test_type_checkers_see_the_names_that_discovery_finds() -> None:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
     declared = {
-        (node.module, alias.name)
+        (node.module, alias.asname or alias.name)
         for node in guarded.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
@@ -322,11 +322,26 @@ def test_zero_outside() -> None:
 
 
 def test_poisoned_memory_is_nan_and_settings_return() -> None:
-    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(False)
     with poisoned():
         assert torch.empty(64).isnan().all()
         assert torch.empty(8, dtype=torch.int64).unique().tolist() == [2**63 - 1]
-    assert torch.get_deterministic_debug_mode() == before
+    assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(RuntimeError, match="boom"), poisoned():
         raise RuntimeError("boom")
-    assert torch.get_deterministic_debug_mode() == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_full_mask_is_explained_and_run_by_torch_alone(monkeypatch):
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.functional.linear", None)
+        choice = pk.explain("masked_linear", x, weight, mask=pk.Full())
+    assert choice.backend == "torch"
+    with pytest.raises(RuntimeError, match="impl='reference' cannot run it"):
+        pk.masked_linear(x, weight, mask=pk.Full(), impl="reference")
+
+
+def test_a_mask_of_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"kind must be one of \['Block', .*got 'ByContent'"):
+        pk.Mask.from_state({"kind": "ByContent"})
