@@ -13,9 +13,12 @@ _ROWS: list[tuple[str, dict[str, Any]]] = []
 def note(benchmark, request):
     """Call it with figures: they go to ``extra_info`` and to the table at the end."""
 
+    row: dict[str, Any] = {}
+    _ROWS.append((request.node.name, row))
+
     def add(**figures: Any) -> None:
         benchmark.extra_info |= figures
-        _ROWS.append((request.node.name, figures))
+        row.update(figures)
 
     return add
 

@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Paired", "paired"]
+__all__ = ["Disturbed", "Paired", "paired"]
 
 CONTROL = 0.05
+
+
+class Disturbed(RuntimeError):
+    """The machine was too busy for a ratio that means anything."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ def paired(
         if abs(second / first - 1) <= CONTROL:
             kept.append((first, other, second))
         elif (rejected := rejected + 1) > 2 * rounds:
-            raise RuntimeError(
-                f"too noisy: in {rejected} of {rejected + len(kept)} rounds the control was off by more "
-                f"than {CONTROL:.0%} (load {os.getloadavg()[0]:.1f})"
+            raise Disturbed(
+                f"too noisy: the control was off by more than {CONTROL:.0%} in {rejected} of "
+                f"{rejected + len(kept)} rounds (load {os.getloadavg()[0]:.1f})"
             )
     ratios = [other / ((first + second) / 2) for first, other, second in kept]
     low, ratio, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
