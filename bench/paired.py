@@ -48,7 +48,7 @@ def paired(
     """Time ``b`` against ``a`` until ``rounds`` undisturbed rounds are had.
 
     Raises:
-        RuntimeError: after three times as many rounds there are still too few: the machine is too
+        Disturbed: after three times as many rounds there are still too few: the machine is too
         busy.
     """
 

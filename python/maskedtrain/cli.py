@@ -17,7 +17,7 @@ import partial_kernels
 from maskedtrain import commands
 from maskedtrain.config import unknown_name
 from maskedtrain.training.console import Console
-from maskedtrain.training.run import Interrupted
+from maskedtrain.training.signals import Interrupted
 
 __all__ = ["main"]
 
@@ -64,7 +64,7 @@ def _run(args: list[str]) -> None:
 
 def _usage(names: Sequence[str]) -> str:
     lines = [
-        "usage: maskedtrain COMMAND [options]      (maskedtrain COMMAND --help lists them)",
+        "usage: maskedtrain COMMAND [options]    (maskedtrain COMMAND --help lists them)",
         "",
     ]
     for name in names:

@@ -178,8 +178,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if kind in (MethodConfig, ModelConfig):
         known = methods.configs() if kind is MethodConfig else models.configs()
         name = value.get("name") if isinstance(value, Mapping) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        if not isinstance(name, str) or name not in known:
-            raise unknown_name(where, str(name), known)  # pyright: ignore[reportUnknownArgumentType]
+        if not isinstance(name, str):
+            raise ValueError(f"{where} must be a table with a name, got {value!r}")
+        if name not in known:
+            raise unknown_name(where, name, known)
         rest = {
             key: item for key, item in cast("Mapping[str, Any]", value).items() if key != "name"
         }
@@ -208,6 +210,9 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
+        length = len(cast("list[Any]", value))
+        if arguments[-1] is not Ellipsis and length != len(arguments):
+            raise ValueError(f"{where} must hold {len(arguments)} values, got {value!r}")
         return tuple(_decode(arguments[0], item, where) for item in cast("list[Any]", value))
     if kind is Path and isinstance(value, str):
         return Path(value)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskedtrain.layers.base import Active, Copier, MaskedModule
 from maskedtrain.layers.norm import SwitchNorm
+from maskedtrain.layers.zeroed import check_full_width, zeroed
 from partial_kernels import Full, Mask
 from partial_kernels.masks import union
 
@@ -58,12 +59,13 @@ class SubNetwork:
                     f"the model has no parameter {parameter!r}{_near(parameter, known)}"
                 )
         self.masks: dict[str, Mask | None] = {}
-        self._active: list[tuple[MaskedModule, Active]] = []
-        self._zeroed: list[tuple[nn.Module, str, Mask | None]] = []
+        self._aware: list[tuple[MaskedModule, Active]] = []
+        self._plain: list[tuple[nn.Module, dict[str, Mask | None]]] = []
         for prefix, module in model.named_modules():
             self._add_module(prefix, module, masks)
         self._by_parameter: dict[nn.Parameter, Mask | None] = {}
-        for parameter, mask in self.masks.items():
+        # The masks given come again for their other names: the walk meets a shared module once.
+        for parameter, mask in (*self.masks.items(), *masks.items()):
             earlier = self._by_parameter.setdefault(known[parameter], mask)
             if earlier != mask:
                 raise ValueError(
@@ -91,13 +93,14 @@ class SubNetwork:
             for foreign in module.foreign_parameters(self.name):
                 self.masks[dot + foreign] = masks.get(dot + foreign)
             follows = frozenset(name for name in implied if settled[name] == implied[name])
-            self._active.append((module, Active(self.name, settled, follows)))
-        else:
-            self._zeroed += [
-                (module, name, mask)
+            self._aware.append((module, Active(self.name, settled, follows)))
+        elif own:
+            partial = {
+                name: mask
                 for name, mask in settled.items()
                 if mask is None or mask.numel(own[name].shape) < own[name].numel()
-            ]
+            }
+            self._plain.append((module, partial))
 
     @classmethod
     def full(cls, model: nn.Module, *, name: str = "full") -> SubNetwork:
@@ -178,34 +181,36 @@ class SubNetwork:
         return True
 
     @staticmethod
-    def union(*subnets: SubNetwork, name: str = "union") -> SubNetwork:
+    def union(first: SubNetwork, *others: SubNetwork, name: str = "union") -> SubNetwork:
         """The parameters that at least one of the sub-networks of one model holds."""
-        masks: dict[str, Mask | None] = {}
-        parameters = dict(subnets[0].model.named_parameters(remove_duplicate=False))
-        for subnet in subnets:
+        masks = dict(first.masks)
+        parameters = dict(first.model.named_parameters(remove_duplicate=False))
+        for subnet in others:
+            if subnet.model is not first.model:
+                raise ValueError("the sub-networks belong to different models")
             for parameter, mask in subnet.masks.items():
                 earlier = masks.get(parameter)
                 if earlier is None or mask is None:
                     masks[parameter] = mask if earlier is None else earlier
                 else:
                     masks[parameter] = union(earlier, mask, parameters[parameter].shape)
-        return SubNetwork(subnets[0].model, masks, name=name)
+        return SubNetwork(first.model, masks, name=name)
 
     @contextmanager
     def activate(self) -> Iterator[SubNetwork]:
-        """Within it, ``model(x)`` computes the sub-network alone. Not thread-safe: it sets the
-        modules.
+        """Within it, ``model(x)`` computes the sub-network alone; an outer activation rests. Not
+        thread-safe: it sets the modules.
         """
-        before = [module.active for module, _ in self._active]
+        before = [module.active for module, _ in self._aware]
         with ExitStack() as stack:
             try:
-                for module, active in self._active:
+                for module, active in self._aware:
                     module.active = active
-                for module, name, mask in self._zeroed:
-                    stack.enter_context(_zeroed(module, name, mask))
+                for module, partial in self._plain:
+                    stack.enter_context(zeroed(module, partial))
                 yield self
             finally:
-                for (module, _), active in zip(self._active, before, strict=True):
+                for (module, _), active in zip(self._aware, before, strict=True):
                     module.active = active
 
     def extract(self, *, share: bool = False) -> nn.Module:
@@ -220,25 +225,29 @@ class SubNetwork:
                 copies, so that training the extracted module trains the super-network's part. Needs
                 masks that are views.
         """
-        if share and self._zeroed:
-            module, name, _ = self._zeroed[0]
-            raise ValueError(
-                f"share=True cannot zero part of {type(module).__name__}.{name}; use share=False"
-            )
+        if share:
+            self._check_views()
         copier = Copier(share=share)
         replaced: dict[int, Any] = {}
-        for module, active in self._active:
+        for module, partial in self._plain:
+            check_full_width(module, partial)
+            for name, parameter in module.named_parameters(recurse=False):
+                replaced[id(parameter)] = copier.parameter(parameter, partial.get(name, Full()))
+        for module, active in self._aware:
             replaced[id(module)] = module.plain(active.masks, self.name, copier)
         if share:
-            for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                replaced[id(tensor)] = tensor
-        extracted = copy.deepcopy(self.model, replaced)
-        for module, name, mask in self._zeroed:
-            # deepcopy has noted in its memo what each module became.
-            parameter = replaced[id(module)].get_parameter(name)
-            with torch.no_grad():
-                parameter.copy_(_restricted(parameter, mask))
-        return extracted
+            replaced.update((id(buffer), buffer) for buffer in self.model.buffers())
+        # No module is to be copied in the guise that an outer activation may have given it.
+        with SubNetwork.full(self.model).activate():
+            return copy.deepcopy(self.model, replaced)
+
+    def _check_views(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            mask = self.masks.get(name)
+            if mask is not None and mask.views(parameter) is None:
+                raise ValueError(
+                    f"share=True needs masks that are views (Full, Prefix); {name} has {mask}"
+                )
 
     def flops(self, *inputs: Any, training: bool = False) -> int:
         """FLOPs (2 per multiply-add) of a forward pass on inputs of these shapes, counted by torch.
@@ -285,41 +294,6 @@ def active_count(total: int, ratio: float, round_to: int = 16) -> int:
             return count
         multiple //= 2
     return max(1, round(total * ratio))
-
-
-@contextmanager
-def _zeroed(module: nn.Module, name: str, mask: Mask | None) -> Iterator[None]:
-    """Within it, each forward of a plain module sees one of its parameters as zero off the mask."""
-    if mask is not None and mask.compact:
-        raise TypeError(
-            f"{type(module).__name__}.{name} has the compact mask {mask}, which only layers of "
-            "maskedtrain.layers compute with; an Element mask works with any module"
-        )
-    parameters: dict[str, Any] = module._parameters
-    hidden: list[Tensor] = []
-
-    # At each call: the graph of one restriction serves one backward, and the parameter may be
-    # another by then (torch.func.functional_call).
-    def swap(*_: Any) -> None:
-        hidden.append(parameters[name])
-        parameters[name] = _restricted(parameters[name], mask)
-
-    def restore(*_: Any) -> None:
-        if hidden:
-            parameters[name] = hidden.pop()
-
-    before = module.register_forward_pre_hook(swap)
-    after = module.register_forward_hook(restore, always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
-        restore()
-
-
-def _restricted(parameter: Tensor, mask: Mask | None) -> Tensor:
-    return torch.zeros_like(parameter) if mask is None else mask.restrict(parameter)
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:

@@ -22,7 +22,8 @@ from maskedtrain.presets import preset
 from maskedtrain.training.console import Console, ResultRow, format_bytes, results_markdown
 from maskedtrain.training.export import save_program
 from maskedtrain.training.metrics import plot_comparison
-from maskedtrain.training.run import Interrupted, Run, train
+from maskedtrain.training.run import Run, train
+from maskedtrain.training.signals import Interrupted
 
 # In the order of the table: each network by itself, then the two ways to train both.
 _ROWS = {"core": "core alone", "full": "full alone", "ats": "ATS", "slimmable": "slimmable"}
@@ -30,7 +31,7 @@ _ROWS = {"core": "core alone", "full": "full alone", "ats": "ATS", "slimmable": 
 
 @dataclass(frozen=True)
 class Options:
-    """Compare ATS with slimmable training and with each network trained alone, on digits."""
+    """Compare ATS with slimmable training and each network alone, on digits."""
 
     out: Path = Path("runs/demo")
     """Folder to write to; an earlier demo there is replaced."""
@@ -47,8 +48,8 @@ class Options:
 def main(arguments: Sequence[str], console: Console) -> None:
     options = parse(Options, arguments, command="demo")
     console.print(
-        "Digits (1,797 images of 8 x 8, from scikit-learn), a small ResNet, a core of half its "
-        "width.\nFour trainings, each with the same number of steps and mini-batches:\n"
+        "1,797 digits from scikit-learn, a small ResNet, a core of half its width.\n"
+        "Four trainings, each with the same number of steps and mini-batches:\n"
     )
     tables = [_train_all(options, seed, console) for seed in range(options.seeds)]
     rows = tables[0] if len(tables) == 1 else [_mean(cells) for cells in zip(*tables, strict=True)]

@@ -1,4 +1,4 @@
-"""write a sub-network as plain weights, or as a self-contained program"""
+"""write a sub-network as plain weights or a self-contained program"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from partial_kernels import Full, Index, Mask, Prefix
@@ -62,33 +63,32 @@ class MaskedModule(nn.Module):
 class Copier:
     """Makes the tensors of an extracted module: copies, or views onto the super-network's storage.
 
-    Tied parameters with equal masks stay tied.
+    A parameter gets one copy, so that tied ones stay tied.
     """
 
     def __init__(self, *, share: bool) -> None:
         self.share = share
-        self._made: dict[tuple[int, Mask], nn.Parameter] = {}
+        self._made: dict[tuple[int, Mask | None], nn.Parameter] = {}
 
     def tensor(self, source: Tensor, mask: Mask | None) -> Tensor:
-        """The part of a buffer that the mask keeps."""
+        """The part of a tensor that the mask keeps; zeros for None."""
         source = source.detach()
         if mask is None:
-            return source.new_zeros(source.shape)
+            return torch.zeros_like(source)
         part = mask.restrict(source)
-        if not self.share:
-            return part.clone()
-        if mask.views(source) is None:
-            raise ValueError(f"share=True needs masks that are views (Full, Prefix), got {mask}")
-        return part
+        return part if self.share else part.clone()
 
     def parameter(self, source: Tensor, mask: Mask | None) -> nn.Parameter:
-        """The part of a parameter that the mask keeps."""
-        if mask is None:
-            return nn.Parameter(self.tensor(source, None), requires_grad=False)
+        """The part of a parameter that the mask keeps; what is outside is not trained."""
         key = (id(source), mask)
         if key not in self._made:
-            self._made[key] = nn.Parameter(self.tensor(source, mask), source.requires_grad)
+            trained = source.requires_grad and mask is not None
+            self._made[key] = nn.Parameter(self.tensor(source, mask), trained)
         return self._made[key]
+
+    def bias(self, source: Tensor | None, mask: Mask | None) -> nn.Parameter | None:
+        """As ``parameter``, but None where it does not exist or is outside."""
+        return None if source is None or mask is None else self.parameter(source, mask)
 
 
 def row_mask(mask: Mask | None) -> Mask | None:

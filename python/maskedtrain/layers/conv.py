@@ -56,6 +56,7 @@ class MaskedConv2d(MaskedModule, nn.Conv2d):
 
     def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Conv2d:
         weight = copier.parameter(self.weight, masks["weight"])
+        bias = copier.bias(self.bias, masks.get("bias"))
         groups = self._groups(weight.shape[0]) if weight.shape != self.weight.shape else self.groups
         conv = nn.Conv2d(
             weight.shape[1] * groups,
@@ -65,11 +66,9 @@ class MaskedConv2d(MaskedModule, nn.Conv2d):
             self.padding,  # pyright: ignore[reportArgumentType]
             self.dilation,  # pyright: ignore[reportArgumentType]
             groups,
-            self.bias is not None,
+            bias is not None,
             self.padding_mode,  # pyright: ignore[reportArgumentType]
             device="meta",
         )
-        conv.weight = weight
-        if self.bias is not None:
-            conv.bias = copier.parameter(self.bias, masks["bias"])
+        conv.weight, conv.bias = weight, bias
         return conv.train(self.training)

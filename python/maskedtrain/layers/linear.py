@@ -41,15 +41,19 @@ class MaskedLinear(MaskedModule, nn.Linear):
         else:
             y = input.new_zeros(*input.shape[:-1], self.out_features)
         bias = self.part("bias")
-        return y if bias is None else y + bias
+        if bias is None:
+            return y
+        _check_bias(bias, y.shape[-1])
+        return y + bias
 
     def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Linear:
         weight = copier.parameter(self.weight, masks["weight"])
+        bias = copier.bias(self.bias, masks.get("bias"))
         rows, cols = weight.shape
-        linear = nn.Linear(cols, rows, bias=self.bias is not None, device="meta")
-        linear.weight = weight
-        if self.bias is not None:
-            linear.bias = copier.parameter(self.bias, masks["bias"])
+        if bias is not None:
+            _check_bias(bias, rows)
+        linear = nn.Linear(cols, rows, bias=bias is not None, device="meta")
+        linear.weight, linear.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
         return linear.train(self.training)
 
     @classmethod
@@ -60,3 +64,9 @@ class MaskedLinear(MaskedModule, nn.Linear):
         )
         masked.weight, masked.bias = linear.weight, linear.bias
         return masked.train(linear.training)
+
+
+def _check_bias(bias: Tensor, rows: int) -> None:
+    # Of a single element or row, torch would make as many as it takes.
+    if bias.shape[0] != rows:
+        raise ValueError(f"the mask of bias must keep {rows} elements, got {bias.shape[0]}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskedtrain.layers.base import Copier, MaskedModule
+from maskedtrain.layers.base import Copier, MaskedModule, row_mask
 from partial_kernels import Full, Index, Mask
 
 __all__ = ["SwitchNorm"]
@@ -50,15 +50,19 @@ class SwitchNorm(MaskedModule, nn.BatchNorm2d):
 
         Call it before the optimizer is made: the branch has parameters of its own.
         """
-        if not re.fullmatch(r"\w[\w-]*", subnet):
-            raise ValueError(f"a sub-network with its own norm needs a plain name, got {subnet!r}")
         if subnet in self.branches:
             raise ValueError(f"there is a branch {subnet!r} already")
+        if not re.fullmatch(r"\w[\w-]*", subnet):
+            raise ValueError(f"a sub-network with its own norm needs a plain name, got {subnet!r}")
+        if hasattr(self.branches, subnet):
+            raise ValueError(f"{subnet!r} is a name that nn.ModuleDict uses; name it otherwise")
+        if not mask.compact:
+            raise ValueError(f"a branch is over channels (Full, Prefix, Index), got {mask}")
         mask.check((self.num_features,))
         self.branches[subnet] = _plain_norm(self, Copier(share=False), mask, mask)
 
     def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
-        return {"bias": _compact(masks.get("weight"))} if self.affine else {}
+        return {"bias": row_mask(masks.get("weight", Full()))} if self.affine else {}
 
     def foreign_parameters(self, subnet: str) -> Iterable[str]:
         if subnet in self.branches:
@@ -78,22 +82,26 @@ class SwitchNorm(MaskedModule, nn.BatchNorm2d):
         """Batch norm over the channels that the mask of ``weight`` keeps."""
         self._check_input_dim(input)
         mask = self._channels()
-        mean, var = (
-            None if stat is None else mask.restrict(stat)
-            for stat in (self.running_mean, self.running_var)
-        )
+        updates = self.training and self.track_running_stats
+        stats = (self.running_mean, self.running_var)
+        if self.training and not updates:
+            stats = (None, None)
+        mean, var = (None if stat is None else mask.restrict(stat) for stat in stats)
         factor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
+        if updates and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 factor = 1.0 / float(self.num_batches_tracked)
         use_batch = self.training or mean is None
         weight, bias = self.part("weight"), self.part("bias")
+        if weight is None and self.affine:
+            # To batch_norm no weight is a weight of 1.
+            weight = torch.zeros_like(self.weight)
         y = F.batch_norm(input, mean, var, weight, bias, use_batch, factor, self.eps)
-        if self.training and isinstance(mask, Index) and mask.rows is not None:
+        if updates and isinstance(mask, Index) and mask.rows is not None:
             # A Prefix part is a view, updated in place; an Index part is a copy to be put back.
             rows = mask.on(input.device, mask.rows)
-            for stat, part in ((self.running_mean, mean), (self.running_var, var)):
+            for stat, part in zip(stats, (mean, var), strict=True):
                 if stat is not None and part is not None:
                     stat.index_copy_(0, rows, part)
         return y
@@ -128,7 +136,7 @@ def _plain_norm(
     )
     if norm.affine:
         plain.weight = copier.parameter(norm.weight, weight)
-        plain.bias = copier.parameter(norm.bias, bias)
+        plain.bias = copier.bias(norm.bias, bias)  # pyright: ignore[reportAttributeAccessIssue]
     for name, buffer in norm.named_buffers(recurse=False):
         setattr(plain, name, copier.tensor(buffer, channels if buffer.ndim else Full()))
     return plain.train(norm.training)

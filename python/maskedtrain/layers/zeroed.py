@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from partial_kernels import Mask
 
-__all__ = ["zeroed"]
+__all__ = ["check_full_width", "zeroed"]
 
 _PLAIN = "_plain_class"
 _MASKS = "_zeroed_masks"
@@ -34,8 +34,9 @@ def zeroed(module: nn.Module, masks: Mapping[str, Mask | None]) -> Iterator[None
     Raises:
         TypeError: a mask is compact, or the module does not read its parameters by name.
     """
-    for name, mask in masks.items():
-        _check(module, name, mask)
+    check_full_width(module, masks)
+    if masks and isinstance(module, nn.RNNBase):
+        raise TypeError(f"{type(module).__name__} keeps its weights in a list: none can be masked")
     state, outer = module.__dict__, type(module)
     plain = getattr(outer, _PLAIN, outer)
     if not masks and outer is plain:
@@ -54,15 +55,14 @@ def zeroed(module: nn.Module, masks: Mapping[str, Mask | None]) -> Iterator[None
             state[_MASKS] = outer_masks
 
 
-def _check(module: nn.Module, name: str, mask: Mask | None) -> None:
-    where = f"{type(module).__name__}.{name}"
-    if mask is not None and mask.compact:
-        raise TypeError(
-            f"{where} has the compact mask {mask}, which only layers of maskedtrain.layers "
-            "compute with; an Element mask works with any module"
-        )
-    if isinstance(module, nn.RNNBase):
-        raise TypeError(f"{where} cannot be masked: the module keeps its weights in a list")
+def check_full_width(module: nn.Module, masks: Mapping[str, Mask | None]) -> None:
+    """Raise TypeError if one of the masks would give this plain module a smaller parameter."""
+    for name, mask in masks.items():
+        if mask is not None and mask.compact:
+            raise TypeError(
+                f"{type(module).__name__}.{name} has the compact mask {mask}, which only layers of "
+                "maskedtrain.layers compute with; an Element mask works with any module"
+            )
 
 
 # One class for the same parameters: a new one at each activation would make torch.compile start

@@ -246,9 +246,8 @@ class Console:
 
 
 def _columns(rows: Sequence[ResultRow]) -> list[_Column]:
-    """Without the column of methods where no row has one."""
-    with_method = any(row.method is not None for row in rows)
-    return [column for column in _COLUMNS if with_method or column[0] != "method"]
+    """Without those that no row has a value for."""
+    return [column for column in _COLUMNS if any(column[2](row) is not None for row in rows)]
 
 
 def _cells(columns: Sequence[_Column], rows: Sequence[ResultRow]) -> list[list[str]]:

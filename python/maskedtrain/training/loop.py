@@ -17,7 +17,15 @@ from maskedtrain.methods.base import Method
 from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
 
-__all__ = ["Evaluation", "NonFiniteError", "StepReport", "Trainer", "evaluate", "evaluation_mode"]
+__all__ = [
+    "Evaluation",
+    "NonFiniteError",
+    "StepReport",
+    "Trainer",
+    "evaluate",
+    "evaluation_mode",
+    "seed_generators",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -246,6 +254,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every global generator whose state a ``Trainer`` saves: torch's, numpy's, Python's."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global one is what is saved
+    random.seed(seed)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,19 +25,18 @@ from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.training.checkpoint import Checkpoint, Checkpoints
 from maskedtrain.training.console import Console, ResultRow
-from maskedtrain.training.loop import Evaluation, NonFiniteError, Trainer, evaluation_mode
+from maskedtrain.training.loop import (
+    Evaluation,
+    NonFiniteError,
+    Trainer,
+    evaluation_mode,
+    seed_generators,
+)
 from maskedtrain.training.memory import peak_bytes, reset_peak
 from maskedtrain.training.metrics import MetricsLog, plot_curves, write_summary
+from maskedtrain.training.signals import Interrupted, noted_signals
 
-__all__ = ["Interrupted", "Run", "read_config", "train"]
-
-
-class Interrupted(Exception):
-    """A signal ended the work; the message says where it stands and how to go on."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
+__all__ = ["Run", "read_config", "train"]
 
 
 class Run:
@@ -57,7 +52,7 @@ class Run:
         size = config.data.image_size
         options = {} if size is None else {"image_size": size}
         self.dataset = data.load(config.data.dataset, config.data.data, **options)
-        torch.manual_seed(config.run.seed)
+        seed_generators(config.run.seed)
         channels, *_ = self.dataset.image_shape
         self.model: nn.Module = config.model.build(
             in_channels=channels, num_classes=self.dataset.num_classes
@@ -172,7 +167,10 @@ class _Session:
         eval_every = options.eval_every or self.steps_per_epoch
         save_every = options.save_every or self.steps_per_epoch
         stopping = False
-        with _signals() as caught, console.progress(until, start=trainer.step, label=label) as bar:
+        with (
+            noted_signals() as caught,
+            console.progress(until, start=trainer.step, label=label) as bar,
+        ):
             stream = self.loader.stream()
             while trainer.step < until and not stopping:
                 started = time.perf_counter()
@@ -257,17 +255,18 @@ def train(
     run = Run(config, console)
     folder = run.folder
     done = run.checkpoints.steps()
-    if done and overwrite:
-        with output_errors(folder):
-            shutil.rmtree(folder)
-    elif done and not resume:
+    if done and not (resume or overwrite):
         raise ValueError(
             f"{folder} holds a run already, at step {done[-1]}; {_go_on(run)}; "
             "or choose another --out"
         )
-    make_folder(folder)
     reset_peak(run.device)
+    # What can be wrong with the options has been found before the folder is touched.
     session = _Session(run)
+    if done and overwrite:
+        with output_errors(folder):
+            shutil.rmtree(folder)
+    make_folder(folder)
     if done and resume:
         session.restore()
         step = session.trainer.step
@@ -366,27 +365,3 @@ def _optimizer(
         rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         schedule = lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])
     return optimizer, schedule
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM are noted instead of acted on; a further SIGINT acts at once."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may set handlers; elsewhere signals are the caller's business.
-        yield caught
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        if caught and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signum)
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, b"\nmaskedtrain: stopping after this step (Ctrl-C: at once)\n")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
