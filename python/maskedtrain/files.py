@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -104,3 +105,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(jsonable(value), indent=2, allow_nan=False)
     with atomic_write(path) as file:
         file.write(text.encode() + b"\n")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -211,13 +211,18 @@ def test_evaluation_leaves_everything_alone(assert_identical: Same):
 def test_evaluation_counts_every_target_of_a_sequence():
     model = mlp()
     inputs, targets = torch.randn(2, 5, 12), torch.randint(4, (2, 5))
+    # Sequences of different lengths: as many of them, but not as many targets.
+    batches = [(inputs, targets), (inputs[:, :3], targets[:, :3])]
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
-    found = evaluate(model, SubNetwork.full(model), [(inputs, targets)], loss_fn)
-    assert found.count == 10
-    assert found.accuracy == (model(inputs).argmax(-1) == targets).double().mean().item()
+    found = evaluate(model, SubNetwork.full(model), batches, loss_fn)
+    x, y = (torch.cat([t.flatten(0, 1) for t in ts]) for ts in zip(*batches, strict=True))
+    outputs = model(x)
+    assert found.count == 16
+    assert found.accuracy == (outputs.argmax(-1) == y).double().mean().item()
+    assert found.loss == pytest.approx(F.cross_entropy(outputs, y).item(), rel=1e-5)
 
 
 def test_evaluation_on_nothing_is_an_error():
@@ -267,6 +272,18 @@ def test_rarer_checks_still_find_a_nan_loss():
         trainer.train_step(batches)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_check_finds_any_weight_that_is_not_finite(value: float):
+    model = mlp()
+    method = Standard(SubNetwork.full(model))
+    trainer = Trainer(model, method, MaskedSGD(model.parameters(), lr=0.1), F.cross_entropy)
+    trainer.check()
+    with torch.no_grad():
+        model.get_parameter("3.bias")[2] = value
+    with pytest.raises(NonFiniteError, match=r"3\.bias is not finite after step 0"):
+        trainer.check()
+
+
 def test_a_check_finds_weights_that_a_finite_loss_has_spoilt():
     model = mlp()
     trainer = Trainer(
@@ -279,6 +296,18 @@ def test_a_check_finds_weights_that_a_finite_loss_has_spoilt():
     trainer.train_step(vector_batches())
     with pytest.raises(NonFiniteError, match=r"0\.weight is not finite after step 1"):
         trainer.check()
+
+
+def test_reports_name_the_step_size_of_the_update():
+    model = mlp()
+    method = ATS(networks(model), lr_scales={"core": 0.25})
+    optimizer = MaskedSGD(model.parameters(), lr=0.4)
+    halving = lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    trainer = Trainer(model, method, optimizer, F.cross_entropy, scheduler=halving)
+    reports = list(trainer.steps(vector_batches(), until=4))
+    assert [r.lr for r in reports] == [0.4, 0.1, 0.2, 0.05]
+    assert [list(r.losses) for r in reports] == [["full"], ["core"]] * 2
+    assert trainer.passes == {"full": 2, "core": 2}
 
 
 def test_batches_that_run_out_are_an_error():

@@ -21,12 +21,9 @@ from maskedtrain.methods.slimmable import Config as SlimmableConfig
 from maskedtrain.methods.standard import Config as StandardConfig
 from maskedtrain.models import resnet8
 from maskedtrain.optim import MaskedAdamW, MaskedSGD
+from tests.train.toolbox import gradients, noise, snapshot
 
 BATCH = 8
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def mlp() -> nn.Sequential:
@@ -55,10 +52,6 @@ def loss_of(model: nn.Module, seed: int = 0) -> Callable[[], Tensor]:
     return lambda: F.cross_entropy(model(x), y)
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def gradient_of(subnet: SubNetwork, seed: int = 0) -> dict[str, Tensor]:
     subnet.model.zero_grad()
     with subnet.activate():
@@ -66,10 +59,6 @@ def gradient_of(subnet: SubNetwork, seed: int = 0) -> dict[str, Tensor]:
     found = gradients(subnet.model)
     subnet.model.zero_grad()
     return found
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:

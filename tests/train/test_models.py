@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskedtrain import MaskedConv2d, MaskedLinear, SubNetwork, SwitchNorm, models
 from maskedtrain.models import ResNet, resnet8, resnet18, resnet34, resnet50
 from maskedtrain.models.resnet import BasicBlock, Config
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.train.toolbox import noise
 
 
 def small(**options: Any) -> ResNet:

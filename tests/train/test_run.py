@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ from maskedtrain.training.console import Console
 from maskedtrain.training.loop import NonFiniteError, StepReport, Trainer
 from maskedtrain.training.memory import peak_bytes, reset_peak
 from maskedtrain.training.metrics import read_metrics
-from maskedtrain.training.run import read_config, train
+from maskedtrain.training.run import Run, read_config, train
 from maskedtrain.training.signals import Interrupted
 
 Same = Callable[[object, object], None]
@@ -68,7 +70,8 @@ def console() -> Console:
 def resume(folder: Path, **run: Any) -> str:
     """Go on with a run; returns what was printed."""
     output = io.StringIO()
-    train(configured(read_config(folder), folder, **run), Console(output), resume=True)
+    config = read_config(folder)
+    train(replace(config, run=replace(config.run, **run)), Console(output), resume=True)
     return output.getvalue()
 
 
@@ -254,6 +257,23 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone(tmp_path: Path):
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 1
 
 
+def test_a_second_ctrl_c_after_resuming(copied: Path, signals_at: Signals):
+    signals_at({STEPS + 2: [signal.SIGTERM, signal.SIGINT]})
+    with pytest.raises(Interrupted, match=f"at once, with .*step-000000{STEPS} as the last"):
+        resume(copied, max_steps=STEPS + 5)
+
+
+def test_the_seed_settles_every_generator(tmp_path: Path, assert_identical: Same):
+    def start(seed: int) -> list[Any]:
+        run = Run(configured(ATS_SGD, tmp_path, seed=seed), console())
+        draws = torch.rand(2), np.random.rand(), random.random()  # noqa: NPY002
+        return [run.model.state_dict(), *draws]
+
+    first = start(7)
+    assert_identical(start(7), first)
+    assert all(found != before for found, before in zip(start(8)[2:], first[2:], strict=True))
+
+
 def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").iterdir())
 
@@ -382,6 +402,12 @@ def test_costs_that_a_run_reports(whole_ats: Path, tmp_path: Path):
         assert row["forward_flops"] > 0
         assert row["seconds"] > 0
     assert rows[0]["peak_mem_bytes"] == rows[1]["peak_mem_bytes"] > 0
+
+
+def test_losses_are_logged_by_each_networks_own_count(tmp_path: Path):
+    train(configured(ATS_SGD, tmp_path, max_steps=9, log_every=2), console())
+    logged = [(r["step"], r["subnet"]) for r in records(tmp_path) if r["kind"] == "train"]
+    assert logged == [(3, "full"), (4, "core"), (7, "full"), (8, "core")]
 
 
 def test_the_default_data_go_through_every_depth(tmp_path: Path):

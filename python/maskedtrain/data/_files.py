@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskedtrain.files import atomic_write, make_folder
+from maskedtrain.files import atomic_write, make_folder, sha256
 
 ROOT_VARIABLE = "MASKEDTRAIN_DATA"
 
@@ -54,7 +53,7 @@ def decoded(
     `cache` (None: :func:`default_cache`) cannot be written, there is a warning and no entry.
     """
     folder = Path(cache).expanduser() if cache is not None else default_cache()
-    key = _sha256(source)
+    key = sha256(source)
     entries = [folder / f"{name}-{key}" for name in names]
     if all(_size(entry) == size_bytes for entry in entries):
         return [np.memmap(entry, np.uint8, mode="r") for entry in entries]
@@ -71,14 +70,6 @@ def decoded(
             stacklevel=2,
         )
     return arrays
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _size(path: Path) -> int | None:

@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from maskedtrain.files import durable_write, output_errors, sync_folder
+from maskedtrain.files import durable_write, output_errors, sha256, sync_folder
 
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
@@ -234,14 +234,14 @@ def _read(path: Path, step: int) -> Checkpoint:
         expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in expected]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: unreadable {MANIFEST} ({_reason(error)})") from error
-    for name, size, sha256 in expected:
+    for name, size, digest in expected:
         try:
-            actual_size, actual_sha256 = (path / name).stat().st_size, _sha256(path / name)
+            actual_size, actual_digest = (path / name).stat().st_size, sha256(path / name)
         except OSError as error:
             raise CheckpointError(f"{path}: unreadable {name} ({_reason(error)})") from error
         if actual_size != size:
             raise CheckpointError(f"{path}: {name} has {actual_size} bytes, should have {size}")
-        if actual_sha256 != sha256:
+        if actual_digest != digest:
             raise CheckpointError(f"{path}: {name} does not match its checksum")
     try:
         weights = safetensors.torch.load_file(path / WEIGHTS)
@@ -274,14 +274,6 @@ def _is_kept(path: Path) -> bool:
         return json.loads((path / MANIFEST).read_bytes())["keep"] is True
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _hidden(path: Path, suffix: str) -> Path:
