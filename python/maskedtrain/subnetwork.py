@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from maskedtrain.layers.zeroed import check_full_width, zeroed
 from partial_kernels import Full, Mask
 from partial_kernels.masks import union
 
-__all__ = ["SubNetwork", "active_count"]
+__all__ = ["Kept", "SubNetwork", "active_count"]
+
+Kept = Callable[[str, int], int]
+"""``kept(name, total)``: how many of a width's channels or neurons a sub-network keeps."""
 
 
 class SubNetwork:
@@ -111,29 +115,34 @@ class SubNetwork:
     def width(
         cls,
         model: nn.Module,
-        ratio: float,
+        ratio: float | Mapping[str, float],
         *,
         name: str = "core",
         round_to: int = 16,
         separate_norm: bool = True,
     ) -> SubNetwork:
-        """The narrow network of the first ``ratio`` of every hidden width, nested for smaller
-        ratios.
+        """The narrow network of the first ``ratio`` of every hidden width; smaller ratios are
+        nested.
 
         Args:
-            model: a model with ``width_masks(ratio, round_to) -> {parameter name: mask}``, such as
-                those of ``maskedtrain.models``.
-            ratio: in (0, 1].
+            model: one with ``width_masks(kept) -> {parameter name: mask}``, where
+                ``kept(name, total)`` says how many of a width's channels or neurons stay, such as
+                the models of ``maskedtrain.models``.
+            ratio: in (0, 1], for all widths; or by pattern of their names, as in
+                ``{"layer4*": 0.25, "*": 0.5}``, where the first that matches counts and widths
+                that none matches stay whole.
             round_to: widths become multiples of it where the layer allows (see ``active_count``).
             separate_norm: give the sub-network batch norms of its own (adds parameters to the
                 model's ``SwitchNorm`` layers: make the optimizer afterwards).
         """
         if not hasattr(model, "width_masks"):
             raise TypeError(
-                f"{type(model).__name__} has no width_masks(ratio, round_to); name the masks "
-                "yourself: SubNetwork(model, {parameter name: mask}, name=...)"
+                f"{type(model).__name__} has no width_masks(kept); name the masks yourself: "
+                "SubNetwork(model, {parameter name: mask}, name=...)"
             )
-        masks: dict[str, Mask | None] = dict(model.width_masks(ratio, round_to))  # pyright: ignore[reportCallIssue]
+        kept = _Ratios({"*": ratio} if isinstance(ratio, float | int) else ratio, round_to)
+        masks: dict[str, Mask | None] = dict(model.width_masks(kept))  # pyright: ignore[reportCallIssue]
+        kept.check_used()
         if separate_norm:
             for prefix, module in model.named_modules():
                 weight = f"{prefix}.weight"
@@ -272,6 +281,27 @@ class SubNetwork:
                 wanted = [tensor for tensor in state.values() if tensor.requires_grad]
                 torch.autograd.grad(output.sum(), wanted, allow_unused=True)
         return counter.get_total_flops()
+
+
+class _Ratios:
+    """``kept(name, total)`` from ratios by pattern of the name."""
+
+    def __init__(self, ratios: Mapping[str, float], round_to: int) -> None:
+        self.ratios = ratios
+        self.round_to = round_to
+        self.names: list[str] = []
+
+    def __call__(self, name: str, total: int) -> int:
+        self.names.append(name)
+        matching = (ratio for pattern, ratio in self.ratios.items() if fnmatchcase(name, pattern))
+        return active_count(total, next(matching, 1.0), self.round_to)
+
+    def check_used(self) -> None:
+        """Raise ValueError if a pattern matched no width."""
+        for pattern in self.ratios:
+            if not any(fnmatchcase(name, pattern) for name in self.names):
+                widths = ", ".join(dict.fromkeys(self.names))
+                raise ValueError(f"{pattern!r} matches no width of the model, which has {widths}")
 
 
 def active_count(total: int, ratio: float, round_to: int = 16) -> int:

@@ -190,3 +190,34 @@ def test_compiles_to_one_graph_a_sub_network(graphs: list[Any]) -> None:
     assert len(graphs) == 2
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("build", [resnet8, resnet50])
+@torch.no_grad()
+def test_widths_by_pattern(build: Callable[..., ResNet]) -> None:
+    model = build(width=16).eval()
+    ratios = {"layer3*": 0.25, "*.conv1": 0.5}
+    core = SubNetwork.width(model, ratios, round_to=1)
+    extracted = core.extract()
+    counts = {n: m.out_channels for n, m in extracted.named_modules() if isinstance(m, nn.Conv2d)}
+    whole = {n: m.out_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+    def kept(name: str, count: int) -> int:
+        if name.startswith("layer3"):
+            return count // 4
+        # The stem's width is that of the first stage, which no pattern names.
+        return count // 2 if name.endswith(".conv1") else count
+
+    assert counts == {name: kept(name, count) for name, count in whole.items()}
+    images = noise(2, 3, 8, 8)
+    with core.activate():
+        assert torch.equal(model(images), extracted(images))
+    assert core.issubset(SubNetwork.full(model))
+
+
+def test_a_pattern_that_matches_no_width_is_refused() -> None:
+    model = resnet8(width=8)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"'layer9\*' matches no width .* has layer1, layer1\.0\."):
+        SubNetwork.width(model, {"*": 0.5, "layer9*": 0.5})
+    assert list(model.state_dict()) == before

@@ -214,7 +214,7 @@ def test_width_with_shared_norms_adds_nothing() -> None:
 
 
 def test_width_needs_a_model_that_knows_its_widths() -> None:
-    with pytest.raises(TypeError, match=r"Sequential has no width_masks\(ratio, round_to\)"):
+    with pytest.raises(TypeError, match=r"Sequential has no width_masks\(kept\)"):
         SubNetwork.width(mlp(), 0.5)
 
 

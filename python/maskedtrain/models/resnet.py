@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maskedtrain.layers import MaskedConv2d, MaskedLinear, SwitchNorm
 from maskedtrain.models.base import ModelConfig
-from maskedtrain.subnetwork import active_count
+from maskedtrain.subnetwork import Kept
 from partial_kernels import Mask, Prefix
 
 __all__ = [
@@ -138,23 +138,37 @@ class ResNet(nn.Module):
             x = self.get_submodule(stage)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
-    def width_masks(self, ratio: float, round_to: int = 16) -> dict[str, Mask]:
-        """Masks of the network with ``ratio`` of every channel count; images and classes stay
-        whole.
+    def width_masks(self, kept: Kept) -> dict[str, Mask]:
+        """Masks of a narrower network; images and classes stay whole.
+
+        The widths are ``layer1``, ``layer2`` ..., of the sums along each stage's skip connections,
+        ``stem`` where the first stage does not share its width with the stem, and within the blocks
+        those of their convolutions, such as ``layer1.0.conv1``.
         """
-
-        def kept(total: int) -> int:
-            return active_count(total, ratio, round_to)
-
         masks: dict[str, Mask] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, MaskedConv2d):
-                cols = None if module is self.conv1 else kept(module.in_channels)
-                masks[f"{name}.weight"] = Prefix(kept(module.out_channels), cols)
-            elif isinstance(module, SwitchNorm):
-                masks[f"{name}.weight"] = Prefix(kept(module.num_features))
-            elif isinstance(module, MaskedLinear):
-                masks[f"{name}.weight"] = Prefix(None, kept(module.in_features))
+
+        def layer(conv: str, norm: str, rows: int, cols: int | None) -> int:
+            masks[f"{conv}.weight"] = Prefix(rows, cols)
+            masks[f"{norm}.weight"] = Prefix(rows)
+            return rows
+
+        first = self.get_submodule("layer1.0")
+        stem = "layer1" if first.downsample is None else "stem"
+        cols = layer("conv1", "bn1", kept(stem, self.conv1.out_channels), None)
+        for stage in self.stages:
+            for name, block in self.get_submodule(stage).named_children():
+                prefix = f"{stage}.{name}"
+                convs = [n for n, m in block.named_children() if isinstance(m, MaskedConv2d)]
+                # The last convolution is added to the skip connection: it has the stage's width.
+                rows = kept(stage, getattr(block, convs[-1]).out_channels)
+                if block.downsample is not None:
+                    layer(f"{prefix}.downsample.0", f"{prefix}.downsample.1", rows, cols)
+                for conv in convs:
+                    width = f"{prefix}.{conv}"
+                    inner = conv != convs[-1]
+                    count = kept(width, getattr(block, conv).out_channels) if inner else rows
+                    cols = layer(width, width.replace("conv", "bn"), count, cols)
+        masks["fc.weight"] = Prefix(None, cols)
         return masks
 
 

@@ -24,7 +24,7 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_bytes(device: torch.device) -> int | None:
     """Largest memory held since ``reset_peak``: the allocator's on CUDA, else the process's (Linux
-    only).
+    only; since the process began where the system does not let it be reset).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
