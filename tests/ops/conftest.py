@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -45,3 +46,12 @@ def make(case: LinearCase) -> Make:
         return replace(case, **changes).make(requires_grad=True)
 
     return make
+
+
+@pytest.fixture
+def inductor() -> None:
+    """Skips where torch.compile's default backend cannot build code for the CPU."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
+    if " " in torch.__file__:
+        pytest.skip("inductor does not quote the path of torch for the linker: it has a space")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,9 +158,7 @@ def test_alternating_sub_networks_recompile_only_once_each() -> None:
             assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
-)
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("mask", [pk.Prefix(5, 4), pk.Packed([3, 20])], ids=repr)
 def test_inductor(make: Make) -> None:
     def step(**made: Any) -> Tensor:

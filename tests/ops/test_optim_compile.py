@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
@@ -81,9 +80,7 @@ def test_compiles_into_one_graph_for_all_step_sizes_and_counts(rule: str) -> Non
     run_compiled(rule, "aot_eager", steps=12)
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
-)
+@pytest.mark.usefixtures("inductor")
 def test_inductor() -> None:
     run_compiled("adamw", "inductor", steps=4)
 
