@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ def save_program(network: nn.Module, input_shape: Sequence[int], path: Path) -> 
     ``torch.export.load(path).module()`` runs it wherever there is torch, with the network's own
     names in its state. Raises OutputError.
     """
+    # torch.export.save takes a weight in channels-last layout for part of a larger one, and warns.
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     # Two examples: torch.export would take a batch of one for a constant.
     example = torch.zeros(2, *input_shape)
     program = torch.export.export(
