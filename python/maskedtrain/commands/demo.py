@@ -60,6 +60,10 @@ def main(arguments: Sequence[str], console: Console) -> None:
         "the whole training that the row comes from.",
         *_comparison(tables),
     ]
+    if len(tables) > 1:
+        remarks.append(
+            f"means over {len(tables)} seeds; ±: standard deviation of the accuracy, in points."
+        )
     for remark in remarks:
         console.print(textwrap.fill(remark, 80))
     plot = options.out / "comparison.png"
