@@ -18,6 +18,8 @@ from maskedtrain import MaskedConv2d, MaskedLinear, SubNetwork, SwitchNorm
 from maskedtrain.models import ResNet, resnet8
 from maskedtrain.models.resnet import BasicBlock
 from tests.train.toolbox import (
+    TOKENS,
+    Tied,
     assert_equal,
     element,
     gradients,
@@ -29,23 +31,6 @@ from tests.train.toolbox import (
 )
 
 Masks = dict[str, pk.Mask | None]
-
-
-class Tied(nn.Module):
-    """An embedding tied to the output layer, aware of masks or not."""
-
-    def __init__(self, output: type[nn.Linear] = nn.Linear) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(5, 4)
-        self.output = output(4, 5, bias=False)
-        self.output.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.output(self.embedding(tokens))
-
-
-TOKENS = torch.tensor([[0, 3], [4, 1]])
 
 
 # Extraction

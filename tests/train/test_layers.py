@@ -17,37 +17,15 @@ from torch import Tensor, nn
 import partial_kernels as pk
 from maskedtrain import MaskedConv2d, MaskedLinear, SubNetwork, SwitchNorm
 from partial_kernels._core.testing import assert_zero_outside
-from tests.train.toolbox import assert_equal, noise
+from tests.train.toolbox import active_results, assert_equal, integers, noise, results
 
 Masks = dict[str, pk.Mask | None]
-
-
-def integers(*shape: int, seed: int = 0) -> Tensor:
-    """Small integers in fp64, none of them 0."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(1, 5, shape, generator=generator)
-    return (values * (1 - 2 * torch.randint(0, 2, shape, generator=generator))).double()
 
 
 def with_integers(module: nn.Module) -> Any:
     for seed, parameter in enumerate(module.parameters()):
         parameter.data = integers(*parameter.shape, seed=seed + 1)
     return module.double()
-
-
-def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """y, and the gradients of x and of every parameter."""
-    x = x.clone().requires_grad_()
-    module.zero_grad()
-    y = module(x)
-    y.backward(integers(*y.shape, seed=99).to(y.dtype))
-    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **grads}  # pyright: ignore[reportReturnType]
-
-
-def active_results(subnet: SubNetwork, x: Tensor) -> dict[str, Tensor]:
-    with subnet.activate():
-        return results(subnet.model, x)
 
 
 # Without an active sub-network

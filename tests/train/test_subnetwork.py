@@ -6,12 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import partial_kernels as pk
 from maskedtrain import SubNetwork, SwitchNorm
 from maskedtrain.subnetwork import active_count
-from tests.train.toolbox import element, mlp, narrow_mlp, noise, small_resnet, snapshot
+from tests.train.toolbox import (
+    TOKENS,
+    Tied,
+    element,
+    mlp,
+    narrow_mlp,
+    noise,
+    small_resnet,
+    snapshot,
+)
 
 Masks = dict[str, pk.Mask | None]
 
@@ -63,23 +72,6 @@ def test_parameters_that_come_later_are_outside() -> None:
 def test_names_and_masks_that_do_not_fit(masks: Masks, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SubNetwork(mlp(), masks, name="core")
-
-
-class Tied(nn.Module):
-    """An embedding tied to the output layer, aware of masks or not."""
-
-    def __init__(self, output: type[nn.Linear] = nn.Linear) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(5, 4)
-        self.output = output(4, 5, bias=False)
-        self.output.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.output(self.embedding(tokens))
-
-
-TOKENS = torch.tensor([[0, 3], [4, 1]])
 
 
 def test_tied_parameters_have_one_mask() -> None:

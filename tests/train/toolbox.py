@@ -52,3 +52,42 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Tied(nn.Module):
+    """An embedding tied to the output layer, aware of masks or not."""
+
+    def __init__(self, output: type[nn.Linear] = nn.Linear) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(5, 4)
+        self.output = output(4, 5, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(self.embedding(tokens))
+
+
+TOKENS = torch.tensor([[0, 3], [4, 1]])
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    """Small integers in fp64, none of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(1, 5, shape, generator=generator)
+    return (values * (1 - 2 * torch.randint(0, 2, shape, generator=generator))).double()
+
+
+def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """y, and the gradients of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(integers(*y.shape, seed=99).to(y.dtype))
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **grads}  # pyright: ignore[reportReturnType]
+
+
+def active_results(subnet: SubNetwork, x: Tensor) -> dict[str, Tensor]:
+    with subnet.activate():
+        return results(subnet.model, x)

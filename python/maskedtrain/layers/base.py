@@ -36,10 +36,10 @@ class MaskedModule(nn.Module):
     active: Active | None = None
 
     def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
-        """Masks that follow from the masks of other parameters (a bias follows its weight's
-        rows).
-        """
-        return {}
+        """Masks that follow from those of other parameters: a bias follows its weight's rows."""
+        if getattr(self, "bias", None) is None:
+            return {}
+        return {"bias": row_mask(masks.get("weight", Full()))}
 
     def foreign_parameters(self, subnet: str) -> Iterable[str]:
         """Names of this module's parameters that belong to other sub-networks alone."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskedtrain.layers.base import Copier, MaskedModule, row_mask
-from partial_kernels import Full, Mask
+from maskedtrain.layers.base import Copier, MaskedModule
+from partial_kernels import Mask
 
 __all__ = ["MaskedConv2d"]
 
@@ -26,16 +26,13 @@ class MaskedConv2d(MaskedModule, nn.Conv2d):
     Args: those of ``nn.Conv2d``.
     """
 
-    def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
-        return {} if self.bias is None else {"bias": row_mask(masks.get("weight", Full()))}
-
     def forward(self, input: Tensor) -> Tensor:
         if self.active is None:
             return super().forward(input)
         weight, bias = self.part("weight"), self.part("bias")
         if weight is None:
             weight = self.weight.new_zeros(self.weight.shape)
-        groups = self._groups(weight.shape[0]) if weight.shape != self.weight.shape else self.groups
+        groups = self._groups(weight)
         if self.padding_mode == "zeros":
             padding = self.padding
         else:
@@ -43,12 +40,12 @@ class MaskedConv2d(MaskedModule, nn.Conv2d):
             padding = 0
         return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, groups)
 
-    def _groups(self, rows: int) -> int:
-        """Groups of the convolution that is left when ``rows`` outputs are kept."""
-        if self.groups == 1:
-            return 1
+    def _groups(self, weight: Tensor) -> int:
+        """Groups of the convolution that is left with this part of the weight."""
+        if self.groups == 1 or weight.shape == self.weight.shape:
+            return self.groups
         if self.groups == self.in_channels == self.out_channels:
-            return rows
+            return weight.shape[0]
         raise ValueError(
             f"a compact mask needs groups=1 or a depthwise convolution, got groups={self.groups} "
             f"with {self.in_channels} -> {self.out_channels} channels"
@@ -57,7 +54,7 @@ class MaskedConv2d(MaskedModule, nn.Conv2d):
     def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Conv2d:
         weight = copier.parameter(self.weight, masks["weight"])
         bias = copier.bias(self.bias, masks.get("bias"))
-        groups = self._groups(weight.shape[0]) if weight.shape != self.weight.shape else self.groups
+        groups = self._groups(weight)
         conv = nn.Conv2d(
             weight.shape[1] * groups,
             weight.shape[0],

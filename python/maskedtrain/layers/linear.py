@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from maskedtrain.layers.base import Copier, MaskedModule, row_mask
-from partial_kernels import Full, Mask, masked_linear
+from maskedtrain.layers.base import Copier, MaskedModule
+from partial_kernels import Mask, masked_linear
 
 __all__ = ["MaskedLinear"]
 
@@ -26,9 +26,6 @@ class MaskedLinear(MaskedModule, nn.Linear):
 
     Args: those of ``nn.Linear``.
     """
-
-    def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
-        return {} if self.bias is None else {"bias": row_mask(masks.get("weight", Full()))}
 
     def forward(self, input: Tensor) -> Tensor:
         if self.active is None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskedtrain.layers.base import Copier, MaskedModule, row_mask
+from maskedtrain.layers.base import Copier, MaskedModule
 from partial_kernels import Full, Index, Mask
 
 __all__ = ["SwitchNorm"]
@@ -60,9 +60,6 @@ class SwitchNorm(MaskedModule, nn.BatchNorm2d):
             raise ValueError(f"a branch is over channels (Full, Prefix, Index), got {mask}")
         mask.check((self.num_features,))
         self.branches[subnet] = _plain_norm(self, Copier(share=False), mask, mask)
-
-    def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
-        return {"bias": row_mask(masks.get("weight", Full()))} if self.affine else {}
 
     def foreign_parameters(self, subnet: str) -> Iterable[str]:
         if subnet in self.branches:
