@@ -16,6 +16,7 @@ from partial_kernels.masks import Block, Element, Full, Index, Mask, Packed, Pre
 
 if TYPE_CHECKING:
     # What the loop below finds, for type checkers; a test keeps the two equal.
+    from partial_kernels.lfc import MergeCache, lfc_linear
     from partial_kernels.optim import masked_adamw_, masked_sgd_
     from partial_kernels.stats import MaskedStats, masked_stats
     from partial_kernels.submatrix import masked_linear
@@ -33,9 +34,11 @@ __all__ = [
     "Index",
     "Mask",
     "MaskedStats",
+    "MergeCache",
     "Packed",
     "Prefix",
     "explain",
+    "lfc_linear",
     "masked_adamw_",
     "masked_linear",
     "masked_sgd_",

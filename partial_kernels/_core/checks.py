@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_linear", "compute_dtype"]
+__all__ = ["check_linear", "check_tensors", "compute_dtype", "no_autocast"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -13,6 +16,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if _autocasts(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it products on x's device are taken in their operands' dtype."""
+    if not _autocasts(x):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -34,7 +44,12 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, rows: int, c
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+    check_tensors(x, weight=weight, bias=bias)
+
+
+def check_tensors(x: Tensor, **others: Tensor | None) -> None:
+    """Check that all are floating point, on x's device and, without autocast, of x's dtype."""
+    for name, tensor in {"x": x, **others}.items():
         if tensor is None:
             continue
         if not tensor.is_floating_point():

@@ -31,6 +31,7 @@ __all__ = [
     "dense_linear",
     "flops",
     "kept_indices",
+    "random_tensors",
     "variations",
 ]
 
@@ -73,7 +74,7 @@ class LinearCase:
         self, seed: int = 0, device: torch.device | str = "cpu", *, requires_grad: bool = False
     ) -> dict[str, Any]:
         """Keyword arguments for ``masked_linear``; the same numbers on every device."""
-        random = _random(self.dtype, device, seed)
+        random = random_tensors(self.dtype, device, seed)
         tensors = {
             "x": X_LAYOUTS[self.x_layout](random, (*self.batch, self.kept[1])),
             "weight": WEIGHT_LAYOUTS[self.weight_layout](random, self.shape),
@@ -89,7 +90,7 @@ class LinearCase:
 _Random = Callable[..., Tensor]
 
 
-def _random(dtype: torch.dtype, device: torch.device | str, seed: int) -> _Random:
+def random_tensors(dtype: torch.dtype, device: torch.device | str, seed: int) -> _Random:
     """Standard normal tensors of the shapes asked for."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -222,7 +223,7 @@ def check(
     poison["weight"][~inside] = math.nan
     if case.bias:
         poison["bias"][~inside_rows] = math.nan
-    random = _random(case.dtype, device, seed + 1)
+    random = random_tensors(case.dtype, device, seed + 1)
     dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.kept[0]))
 
     with poisoned():

@@ -1,15 +1,20 @@
 """Partial ("masked") training: sub-networks of one super-network, trained at their own cost."""
 
-from maskedtrain.layers import MaskedConv2d, MaskedLinear, SwitchNorm
+from maskedtrain.layers import LFCLinear, MaskedConv2d, MaskedLinear, SwitchNorm
 from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.surgery import Heads, lowrank, width
 from maskedtrain.training.loop import Trainer
 from partial_kernels import __version__
 
 __all__ = [
+    "Heads",
+    "LFCLinear",
     "MaskedConv2d",
     "MaskedLinear",
     "SubNetwork",
     "SwitchNorm",
     "Trainer",
     "__version__",
+    "lowrank",
+    "width",
 ]

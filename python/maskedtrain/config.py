@@ -6,19 +6,20 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from maskedtrain import methods, models
+from maskedtrain import data, methods, models
+from maskedtrain.data import DataConfig
+from maskedtrain.data.digits import Config as DigitsConfig
 from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
 from maskedtrain.models import ModelConfig
 from maskedtrain.models.resnet import Config as ResNetConfig
 
 __all__ = [
-    "DataConfig",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
@@ -26,27 +27,6 @@ __all__ = [
     "to_dict",
     "unknown_name",
 ]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Data."""
-
-    dataset: str = "digits"
-    """Name of the data set: digits (embedded in scikit-learn) or cifar10."""
-    data: Path | None = None
-    """Folder of the data set's files; for cifar10 the official binary records, as they are."""
-    image_size: int | None = None
-    """Side to which images are resized, in pixels; the data set's own where not given."""
-    batch_size: int = 128
-    """Images a step."""
-    eval_batch_size: int = 500
-    """Images a forward pass of an evaluation."""
-    augment: bool = True
-    """Random crops and, where the data set allows, flips of the training images."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
 
 
 @dataclass(frozen=True)
@@ -63,14 +43,21 @@ class OptimConfig:
     """Nesterov momentum of sgd."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of adamw's moments."""
+    eps: float = 1e-8
+    """Added to the root of adamw's second moment."""
     weight_decay: float = 5e-4
     """Weight decay: coupled for sgd, decoupled for adamw."""
-    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
-    """Learning rate after warm-up: to 0 by a cosine, divided by 10 at milestones, or constant."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability that is spread evenly over the wrong classes."""
+    schedule: Literal["cosine", "multistep", "constant", "inverse_sqrt"] = "cosine"
+    """Learning rate after warm-up: to 0 by a cosine, divided by 10 at milestones, constant, or with
+    the inverse square root of the step."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Milestones of the multistep schedule, as shares of all steps."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly to its peak."""
+    """Steps in which the learning rate rises linearly to its peak; inverse_sqrt needs some."""
+    warmup_init_lr: float = 0.0
+    """Learning rate of the first step of inverse_sqrt's warm-up."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; larger ones are scaled down to it."""
     accumulate: int = 1
@@ -78,7 +65,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, accumulate=self.accumulate)
-        _at_least(0, lr=self.lr, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        for name in ("lr", "warmup_steps", "warmup_init_lr", "weight_decay", "eps"):
+            _at_least(0, **{name: getattr(self, name)})
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError("inverse_sqrt needs warmup_steps >= 1, got 0")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be > 0, got {self.clip_grad_norm}")
 
@@ -90,7 +82,7 @@ class RunConfig:
     out: Path = Path("runs/latest")
     """Folder of the run: checkpoints, metrics, plots."""
     epochs: float = 10.0
-    """Length of the run and of its schedule, in passes over the training images."""
+    """Length of the run and of its schedule, in passes over the training data."""
     max_steps: int | None = None
     """Stop after so many steps, in the middle of the schedule; --resume goes on from there."""
     eval_every: int | None = None
@@ -98,7 +90,10 @@ class RunConfig:
     save_every: int | None = None
     """Steps between checkpoints; an epoch where not given."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Checkpoints to keep, and to average at most."""
+    select: Literal["last", "best"] = "last"
+    """Weights that a network's results are of: the last, or its best ones on the validation data,
+    which are kept beside the last checkpoints."""
     log_every: int = 10
     """Steps of each network between two lines of its loss in metrics.jsonl."""
     seed: int = 0
@@ -127,7 +122,7 @@ class RunConfig:
 class TrainConfig:
     """A training run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DigitsConfig)
     model: ModelConfig = field(default_factory=ResNetConfig)
     method: MethodConfig = field(default_factory=ATSConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -137,8 +132,8 @@ class TrainConfig:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON-ready values; ``from_dict`` is the inverse."""
     result = cast("dict[str, Any]", _encode(config))
-    result["model"] = {"name": config.model.name, **result["model"]}
-    result["method"] = {"name": config.method.name, **result["method"]}
+    for part in ("data", "model", "method"):
+        result[part] = {"name": getattr(config, part).name, **result[part]}
     return result
 
 
@@ -159,6 +154,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
 
 
+# Parts of a configuration that are one of several classes, each known by a name.
+_NAMED: dict[Any, Callable[[], Mapping[str, type[Any]]]] = {
+    DataConfig: data.configs,
+    ModelConfig: models.configs,
+    MethodConfig: methods.configs,
+}
+
+
 def _at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if not value >= least:
@@ -175,8 +178,8 @@ def _encode(value: Any) -> Any:
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind in (MethodConfig, ModelConfig):
-        known = methods.configs() if kind is MethodConfig else models.configs()
+    if kind in _NAMED:
+        known = _NAMED[kind]()
         name = value.get("name") if isinstance(value, Mapping) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
         if not isinstance(name, str):
             raise ValueError(f"{where} must be a table with a name, got {value!r}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from maskedtrain.config import DataConfig, OptimConfig, RunConfig, TrainConfig, unknown_name
+from maskedtrain.config import OptimConfig, RunConfig, TrainConfig, unknown_name
+from maskedtrain.data.cifar10 import Config as CIFAR10Config
+from maskedtrain.data.digits import Config as DigitsConfig
 from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
 from maskedtrain.methods.slimmable import Config as SlimmableConfig
@@ -25,7 +27,7 @@ _METHODS: dict[str, MethodConfig] = {
 _EXPERIMENTS: dict[str, TrainConfig] = {
     # Small enough for a minute on two CPU cores.
     "digits-resnet8": TrainConfig(
-        DataConfig("digits", image_size=16, batch_size=64),
+        DigitsConfig(image_size=16, batch_size=64),
         ResNetConfig(depth=8, width=32),
         optim=OptimConfig(lr=0.1, warmup_steps=20),
         run=RunConfig(epochs=40.0),
@@ -33,7 +35,7 @@ _EXPERIMENTS: dict[str, TrainConfig] = {
     # Table 3 of the paper. It leaves learning rate, batch size and length open: these are the usual
     # ones.
     "cifar10-resnet18": TrainConfig(
-        DataConfig("cifar10", batch_size=128),
+        CIFAR10Config(batch_size=128),
         ResNetConfig(depth=18),
         optim=OptimConfig(lr=0.1),
         run=RunConfig(epochs=200.0, channels_last=True),

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ class SubNetwork:
         >>> optimizer.step(core)
     """
 
+    _alive: ClassVar[WeakSet[SubNetwork]] = WeakSet()
+
     def __init__(self, model: nn.Module, masks: Mapping[str, Mask | None], *, name: str) -> None:
         self.model = model
         self.name = name
@@ -62,10 +65,17 @@ class SubNetwork:
                 raise ValueError(
                     f"the model has no parameter {parameter!r}{_near(parameter, known)}"
                 )
+        self._given = dict(masks)
+        self._settle()
+        SubNetwork._alive.add(self)
+
+    def _settle(self) -> None:
+        """Settle every parameter's mask, and how each module gets to know it."""
+        known, masks = dict(self.model.named_parameters(remove_duplicate=False)), self._given
         self.masks: dict[str, Mask | None] = {}
         self._aware: list[tuple[MaskedModule, Active]] = []
         self._plain: list[tuple[nn.Module, dict[str, Mask | None]]] = []
-        for prefix, module in model.named_modules():
+        for prefix, module in self.model.named_modules():
             self._add_module(prefix, module, masks)
         self._by_parameter: dict[nn.Parameter, Mask | None] = {}
         # The masks given come again for their other names: the walk meets a shared module once.
@@ -75,6 +85,16 @@ class SubNetwork:
                 raise ValueError(
                     f"{parameter} is tied to a parameter with another mask: {earlier}, {mask}"
                 )
+
+    @classmethod
+    def layers_changed(cls, layers: Iterable[nn.Module]) -> None:
+        """Have every sub-network follow layers that became others in place: their new parameters
+        get the masks that they would have in a sub-network made now.
+        """
+        changed = set(layers)
+        for subnet in list(cls._alive):
+            if not changed.isdisjoint(subnet.model.modules()):
+                subnet._settle()
 
     def _add_module(self, prefix: str, module: nn.Module, masks: Mapping[str, Mask | None]) -> None:
         """Settle the masks of one module's own parameters, and how the module gets to know them."""

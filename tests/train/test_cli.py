@@ -21,7 +21,7 @@ from torch import Tensor
 
 import partial_kernels as pk
 from maskedtrain import cli
-from maskedtrain.commands import demo
+from maskedtrain.commands import _demos
 from maskedtrain.presets import PRESETS
 from maskedtrain.training import checkpoint
 from maskedtrain.training.console import Console, ResultRow
@@ -103,15 +103,17 @@ def plain_torch(code: str, *arguments: object, cwd: Path | None = None) -> str:
         ("train --depth 20", "invalid choice '20'"),
         ("train --ratios 1.5", "ratios must be different numbers in (0, 1), got [1.5]"),
         ("train --method standard --network core --ratio 0", "ratio must be in (0, 1], got 0"),
-        ("train --dataset mnist", "data set must be one of cifar10, digits, got 'mnist'"),
+        ("train --dataset mnist", "unknown dataset 'mnist' (known: cifar10, digits"),
         ("train --dataset cifar10", "pass their folder or set MASKEDTRAIN_DATA"),
         ("train --dataset cifar10 --data nowhere", "no such file or folder: nowhere"),
-        ("train --data nowhere", "digits come with scikit-learn: root must be None, got nowhere"),
+        ("train --data nowhere", "Unrecognized options: --data"),
+        ("train --core lowrank", "ResNet names no lowrank_targets: it has no low-rank core"),
         ("train --image-size 7", "upsampled images must be >= 8x8, got (7, 7)"),
         ("train --device tpu", "device 'tpu' cannot be used: "),
         ("train --seed -1", "seed must be >= 0, got -1"),
         ("train --resume nowhere", "nowhere holds no run: there is no nowhere/config.json"),
-        ("train --resume a --preset b", "no --preset, --method or --model"),
+        ("train --resume a --preset b", "--resume goes on with a run as it was: no --preset"),
+        ("train --resume a --model resnet", "--resume goes on with a run as it was: no --model"),
         ("eval", "PATH"),
         ("eval nowhere", "nowhere holds no run"),
         ("extract nowhere", "nothing to write: give --out FILE.safetensors, --export FILE.pt2"),
@@ -270,7 +272,8 @@ def test_help_of_train_lists_what_there_is(
 ):
     monkeypatch.setenv("COLUMNS", "80")
     text = help_of(["train", "--help"], capsys)
-    for flag in ("--preset NAME", "--resume RUN", "--method NAME", "--model NAME"):
+    flags = "--preset NAME", "--resume RUN", "--dataset NAME", "--model NAME", "--method NAME"
+    for flag in flags:
         assert f"\n  {flag}\n" in text
     for name in PRESETS:
         assert name in text
@@ -286,7 +289,7 @@ def read_defaults() -> dict[str, dict[str, Any]]:
     from maskedtrain.config import TrainConfig, to_dict
 
     groups = to_dict(TrainConfig())
-    for named in ("model", "method"):
+    for named in ("data", "model", "method"):
         del groups[named]["name"]
     return groups
 
@@ -397,7 +400,7 @@ def test_the_demo_from_end_to_end(
     assert "(largest difference " in printed
     report = (out / "report.md").read_text()
     assert all(f"| {network} | {method} |" in report for network, method, _ in rows)
-    assert "![validation accuracy](comparison.png)" in report
+    assert "![validation score](comparison.png)" in report
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert torch.export.load(out / "core.pt2").module()(torch.zeros(3, 1, 16, 16)).shape == (3, 10)
 
@@ -421,7 +424,7 @@ def test_the_demo_from_end_to_end(
 
     # A third, over seeds, whose exported program does not compute what the sub-network does.
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "run_without_packages", lambda program, images: torch.zeros(359, 10))
+        patch.setattr(_demos, "run_without_packages", lambda *_: torch.zeros(359, 10))
         message = fails(*arguments, "--seeds", "2")
     assert message.startswith("the extracted core differs from the sub-network by ")
     assert [row.network.split(" (±")[0] for row in tables[1]] == [network for network, *_ in rows]

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from maskedtrain.config import (
-    DataConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -25,6 +24,9 @@ from maskedtrain.config import (
     to_dict,
     unknown_name,
 )
+from maskedtrain.data import configs as data_sets
+from maskedtrain.data.cifar10 import Config as CIFAR10Config
+from maskedtrain.data.digits import Config as DigitsConfig
 from maskedtrain.discovery import find_configs
 from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
@@ -35,7 +37,7 @@ from maskedtrain.models.resnet import Config as ResNetConfig
 from maskedtrain.presets import PRESETS, preset
 
 EVERYTHING = TrainConfig(
-    DataConfig("cifar10", Path("some where"), image_size=16, batch_size=7, augment=False),
+    CIFAR10Config(data=Path("some where"), image_size=16, batch_size=7, augment=False),
     ResNetConfig(depth=50, stem="imagenet", width=16),
     SlimmableConfig(ratios=(0.75, 0.25), round_to=8),
     OptimConfig("adamw", lr=1e-3, betas=(0.8, 0.95), milestones=(), clip_grad_norm=1.5),
@@ -58,7 +60,9 @@ def test_what_is_written_is_readable() -> None:
     written = to_dict(EVERYTHING)
     assert written["data"]["data"] == "some where" and written["data"]["image_size"] == 16
     assert written["model"] == {"name": "resnet", "depth": 50, "stem": "imagenet", "width": 16}
-    assert written["method"] == {"name": "slimmable", "ratios": [0.75, 0.25], "round_to": 8}
+    assert written["method"] == {
+        "name": "slimmable", "core": "width", "ratios": [0.75, 0.25], "round_to": 8
+    }  # fmt: skip
     assert written["optim"]["betas"] == [0.8, 0.95] and written["run"]["max_steps"] == 20
 
 
@@ -102,14 +106,13 @@ def setting(path: str, value: Any) -> Change:
         ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: resnet\)"),
         ("method", {"ratios": [0.5]}, r"config\.method must be a table with a name, got {'ratios'"),
         ("model", "resnet", r"config\.model must be a table with a name, got 'resnet'"),
-        ("data", 3, r"config\.data must be a table, got 3"),
+        ("data", 3, r"config\.data must be a table with a name, got 3"),
         ("data.batch_size", "64", r"config\.data\.batch_size must be int, got '64'"),
         ("data.batch_size", 64.0, r"config\.data\.batch_size must be int, got 64\.0"),
         ("data.batch_size", True, r"config\.data\.batch_size must be int, got True"),
         ("data.batch_size", None, r"config\.data\.batch_size must be int, got None"),
         ("data.image_size", "16", r"config\.data\.image_size must be int, got '16'"),
-        ("data.data", 5, r"config\.data\.data must be Path, got 5"),
-        ("data.dataset", 5, r"config\.data\.dataset must be str, got 5"),
+        ("data.name", "mnist", r"unknown config\.data 'mnist' \(known: cifar10, digits"),
         ("data.augment", 1, r"config\.data\.augment must be bool, got 1"),
         ("optim.lr", "0.1", r"config\.optim\.lr must be float, got '0\.1'"),
         ("optim.lr", True, r"config\.optim\.lr must be float, got True"),
@@ -145,8 +148,8 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("make", "values", "message"),
     [
-        (DataConfig, {"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        (DataConfig, {"eval_batch_size": -1}, "eval_batch_size must be >= 1, got -1"),
+        (DigitsConfig, {"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        (DigitsConfig, {"eval_batch_size": -1}, "eval_batch_size must be >= 1, got -1"),
         (OptimConfig, {"lr": -0.1}, "lr must be >= 0, got -0.1"),
         (OptimConfig, {"lr": NAN}, "lr must be >= 0, got nan"),
         (OptimConfig, {"weight_decay": -1.0}, "weight_decay must be >= 0, got -1.0"),
@@ -166,13 +169,14 @@ NAN = float("nan")
 def test_values_out_of_range(make: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         make(**values)
-    section = {DataConfig: "data", OptimConfig: "optim", RunConfig: "run"}[make]
+    section = {DigitsConfig: "data", OptimConfig: "optim", RunConfig: "run"}[make]
+    named = {"name": "digits", **values} if section == "data" else values
     with pytest.raises(ValueError, match=f"{message}$"):
-        from_dict({section: values})
+        from_dict({section: named})
 
 
 def test_values_at_the_edge() -> None:
-    DataConfig(batch_size=1)
+    DigitsConfig(batch_size=1)
     OptimConfig(lr=0.0, weight_decay=0.0, warmup_steps=0, accumulate=1, clip_grad_norm=1e-6)
     RunConfig(epochs=0.01, max_steps=1, keep_last=1, threads=1)
 
@@ -249,9 +253,11 @@ def test_a_file_with_a_config_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 
 def undocumented(config: Any) -> list[str]:
     """Fields without a docstring under them, which is what ``--help`` says of the flag."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
+    sources = (inspect.getsource(c) for c in config.__mro__ if dataclasses.is_dataclass(c))
+    bodies = (ast.parse(textwrap.dedent(source)).body[0].body for source in sources)  # pyright: ignore[reportAttributeAccessIssue]
     documented = {
         now.target.id
+        for body in bodies
         for now, then in itertools.pairwise(body)
         if isinstance(now, ast.AnnAssign)
         and isinstance(now.target, ast.Name)
@@ -270,6 +276,6 @@ class OneIsNot:
 
 def test_every_field_is_documented() -> None:
     assert undocumented(OneIsNot) == ["depth"]
-    sections = (DataConfig, OptimConfig, RunConfig)
+    sections = (*data_sets().values(), OptimConfig, RunConfig)
     for config in (*sections, ATSConfig, SlimmableConfig, StandardConfig, ResNetConfig):
         assert undocumented(config) == []

@@ -109,7 +109,7 @@ def test_a_column_without_values_is_left_out() -> None:
 
 
 def test_accuracy_is_a_fraction() -> None:
-    with pytest.raises(ValueError, match=r"accuracy must be a fraction in \[0, 1\], got 97.1"):
+    with pytest.raises(ValueError, match=r"accuracy must be in \[0, 1\], got 97.1"):
         ResultRow("core", accuracy=97.1)
 
 
@@ -119,7 +119,7 @@ def test_plain_progress_is_a_line_at_an_interval_and_at_the_end() -> None:
     with console.progress(100, start=20, label="ATS") as progress:
         for step in range(21, 101):
             clock.now_s += 0.5
-            progress.update(step, loss=1 / step, accuracy=0.9 if step == 30 else None)
+            progress.update(step, loss=1 / step, score=0.9 if step == 30 else None)
         console.print("saved [bold]x[/bold] :smile:")
         console.warn("careful")
     assert file.getvalue().splitlines() == [
@@ -178,7 +178,7 @@ SHOW = """
 from maskedtrain.training.console import Console, ResultRow
 console = Console(interval_s=0)
 with console.progress(600, label="ATS") as progress:
-    progress.update(120, loss=0.5, accuracy=0.25)
+    progress.update(120, loss=0.5, score=0.25)
     console.print("a message")
     progress.update(600, loss=0.25)
 console.results_table([

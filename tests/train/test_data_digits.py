@@ -72,8 +72,3 @@ def test_without_scikit_learn_the_message_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r'pip install "maskedtrain\[data\]"'):
         digits.load()
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="root must be None"):
-        digits.load(tmp_path)

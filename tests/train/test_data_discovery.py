@@ -8,25 +8,31 @@ import pytest
 
 from maskedtrain import data
 
+TOY = """
+from maskedtrain.data.base import DataConfig
 
-def test_data_sets_are_files_with_a_load_function(tmp_path, monkeypatch):
-    assert {"cifar10", "digits"} <= set(data.available())
-    assert "images" not in data.available()
-    (tmp_path / "toy.py").write_text("def load(root=None, *, size=1): return root, size\n")
+class Config(DataConfig):
+    name = "toy"
+
+    def load(self):
+        return "toys"
+"""
+
+
+def test_data_sets_are_files_with_a_config(tmp_path, monkeypatch):
+    assert {"cifar10", "digits"} <= data.configs().keys()
+    (tmp_path / "plaything.py").write_text(TOY)
     monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path)])
     try:
-        assert "toy" in data.available()
-        assert data.load("toy", "here", size=3) == ("here", 3)
+        assert data.configs()["toy"]().load() == "toys"
     finally:
-        del sys.modules["maskedtrain.data.toy"], data.toy  # type: ignore[attr-defined]
+        del sys.modules["maskedtrain.data.plaything"], data.plaything  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["mnist", "images", "_files", "", "os", "..digits"])
-def test_an_unknown_name_lists_what_there_is(name):
-    with pytest.raises(ValueError, match=r"must be one of cifar10, digits.*, got '"):
-        data.load(name)
+@pytest.mark.parametrize(("given", "size"), [(None, 8), (24, 24)])
+def test_a_data_set_has_its_own_image_size(given, size):
+    assert data.configs()["digits"](image_size=given).load().image_shape == (1, size, size)
 
 
-def test_an_unknown_option_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"must be among image_size, .*, got pixels"):
-        data.load("digits", pixels=8)
+def test_what_data_sets_have_in_common_is_not_one():
+    assert all(hasattr(config, "name") for config in data.configs().values())

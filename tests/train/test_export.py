@@ -14,7 +14,8 @@ from tests.train.toolbox import noise
 @torch.no_grad()
 def test_a_channels_last_network_is_exported_as_it_is_and_without_a_warning(tmp_path: Path) -> None:
     network = resnet8(width=8).eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    save_program(network, (3, 8, 8), tmp_path / "network.pt2")
+    batch = torch.export.Dim("batch")
+    save_program(network, (noise(2, 3, 8, 8),), ({0: batch},), tmp_path / "network.pt2")
     assert network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     program = torch.export.load(tmp_path / "network.pt2").module()
     images = noise(5, 3, 8, 8)

@@ -23,6 +23,7 @@ from maskedtrain.layers import SwitchNorm
 from maskedtrain.methods import ATS, Slimmable, Standard
 from maskedtrain.optim import MaskedAdamW, MaskedSGD
 from maskedtrain.training.loop import NonFiniteError, evaluate
+from maskedtrain.training.losses import cross_entropy
 
 Batch = tuple[Tensor, Tensor]
 Same = Callable[[object, object], None]
@@ -134,6 +135,62 @@ def test_accumulated_half_batches_are_one_whole_batch(clip: float | None):
     for whole, halved in zip(*results, strict=True):
         # fp64 sums in another order, over ten steps.
         assert torch.allclose(whole, halved, rtol=1e-11, atol=1e-13)
+
+
+class TwoInputs(nn.Module):
+    """Logits of each position of a padded sequence, from two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = MaskedLinear(4, 3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.linear(first + second)
+
+
+def padded_batches() -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Two batches, of 3 and 8 targets that count."""
+    rng = torch.Generator().manual_seed(0)
+    batches = []
+    for lengths in ([1, 2], [3, 5]):
+        inputs = torch.randn(2, 2, max(lengths), 4, generator=rng, dtype=torch.float64)
+        targets = torch.randint(3, (2, max(lengths)), generator=rng)
+        for row, length in zip(targets, lengths, strict=True):
+            row[length:] = -100
+        batches.append((tuple(inputs), targets))
+    return batches
+
+
+def test_accumulated_batches_count_by_their_targets():
+    model = TwoInputs().double()
+    expected = TwoInputs().double()
+    optimizer = MaskedSGD(model.parameters(), lr=1.0)
+    method = Standard(SubNetwork.full(model))
+    trainer = Trainer(model, method, optimizer, cross_entropy, accumulate=2)
+    batches = padded_batches()
+    report = trainer.train_step(iter(batches))
+
+    outputs = torch.cat([expected(*inputs).flatten(0, 1) for inputs, _ in batches])
+    targets = torch.cat([targets.flatten() for _, targets in batches])
+    loss = F.cross_entropy(outputs, targets)
+    loss.backward()
+    assert report.losses["full"].item() == pytest.approx(loss.item(), rel=1e-12)
+    for trained, parameter in zip(model.parameters(), expected.parameters(), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(trained, parameter - parameter.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_evaluation_leaves_out_what_does_not_count():
+    model = TwoInputs().double()
+    batches = padded_batches()
+    found = evaluate(model, SubNetwork.full(model), batches, cross_entropy)
+    outputs = torch.cat([model(*inputs).flatten(0, 1) for inputs, _ in batches])
+    targets = torch.cat([targets.flatten() for _, targets in batches])
+    counted = targets != -100
+    assert found.count == 11
+    assert found.accuracy == (outputs.argmax(-1) == targets)[counted].double().mean().item()
+    assert found.loss == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-12)
 
 
 def test_passes_in_bf16_leave_fp32_parameters():

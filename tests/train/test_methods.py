@@ -339,7 +339,7 @@ def test_step_size_factor_of_the_cores() -> None:
 @pytest.mark.parametrize(
     ("ratios", "message"),
     [
-        ((), "ratios must name at least one width"),
+        ((), "ratios must name at least one core"),
         ((0.5, 0.5), r"must be different numbers in \(0, 1\), got \[0.5, 0.5\]"),
         ((1.0,), r"got \[1.0\]"),
         ((0.5, 0.0), r"got \[0.5, 0.0\]"),
@@ -356,7 +356,8 @@ def test_ratios_out_of_range(config: Any, ratios: tuple[float, ...], message: st
 
 
 def test_standard_config() -> None:
-    full, core = StandardConfig().build(resnet()), StandardConfig("core", 0.4, 1).build(resnet())
+    full = StandardConfig().build(resnet())
+    core = StandardConfig("core", ratio=0.4, round_to=1).build(resnet())
     assert list(full.subnets) == ["full"] and list(core.subnets) == ["core"]
     assert core.subnets["core"].masks["conv1.weight"] == pk.Prefix(3, None)
 

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskedtrain.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from maskedtrain.config import OptimConfig, RunConfig, TrainConfig
+from maskedtrain.data.digits import Config as DigitsConfig
 from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
 from maskedtrain.methods.slimmable import Config as SlimmableConfig
@@ -42,7 +43,7 @@ Same = Callable[[object, object], None]
 # 1,295 images, 20 steps of 64 an epoch (10 of 2 x 64); evaluations at 8, 16, ...
 STEPS = 45
 ATS_SGD = TrainConfig(
-    DataConfig(image_size=8, batch_size=64),
+    DigitsConfig(image_size=8, batch_size=64),
     ResNetConfig(depth=8, width=8),
     ATSConfig(core_lr_scale=0.5),
     OptimConfig(lr=0.1, warmup_steps=10),
@@ -84,7 +85,8 @@ def final_state(folder: Path) -> list[Any]:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     found = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in r.items() if key != "time_s"} for r in found]
+    timed = {"time_s", "targets_per_s", "flop_utilization"}
+    return [{key: value for key, value in r.items() if key not in timed} for r in found]
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -438,3 +440,96 @@ def test_peak_memory_is_of_the_stretch_asked_for():
 def test_an_unusable_device_is_named(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=f"device '{name}' cannot be used: "):
         train(configured(ATS_SGD, tmp_path, device=name), console())
+
+
+def test_the_best_weights_of_each_network_are_kept(tmp_path: Path, assert_identical: Same):
+    # The validation accuracy of a rate that is too high goes up and down.
+    optim = replace(ATS_SGD.optim, lr=0.5, warmup_steps=0)
+    config = replace(ATS_SGD, optim=optim)
+    folder = tmp_path / "best"
+    train(configured(config, folder, select="best", eval_every=3, save_every=3), console())
+    logged = [r for r in records(folder) if r["kind"] == "eval"]
+    run = Run.restore(folder, console())
+    steps = []
+    for name, row in zip(("full", "core"), results(folder), strict=True):
+        own = [r for r in logged if r["subnet"] == name]
+        # The first of equals.
+        best = max(own, key=lambda r: r["accuracy"])
+        kept = run.best(name).load()
+        assert (kept.step, kept.state["accuracy"]) == (best["step"], best["accuracy"])
+        run.model.load_state_dict(kept.weights)
+        subnet = run.method.subnets[name]
+        assert run.task.evaluate(run.model, subnet, "val")["accuracy"] == best["accuracy"]
+        assert row["accuracy"] == run.task.evaluate(run.model, subnet, "test")["accuracy"]
+        steps.append(kept.step)
+    # It would prove nothing if the last were the best.
+    assert min(steps) < STEPS
+
+    # Cut where the best ones of before and of after are not the same.
+    cut = tmp_path / "cut"
+    first = configured(config, cut, select="best", eval_every=3, save_every=3, max_steps=9)
+    train(first, console())
+    resume(cut, max_steps=STEPS)
+    assert results(cut) == results(folder)
+    for name in ("full", "core"):
+        before, after = (Run.restore(f, console()).best(name).load() for f in (folder, cut))
+        assert_identical([after.step, after.weights], [before.step, before.weights])
+
+
+def test_the_mean_of_checkpoints(copied: Path):
+    run = Run.restore(copied, console())
+    steps = run.checkpoints.steps()
+    assert len(steps) == 2
+    older, newer = (run.checkpoints.load(step).weights for step in steps)
+    run.load_weights(average=2)
+    counters = 0
+    for name, tensor in run.model.state_dict().items():
+        if tensor.is_floating_point():
+            mean = (older[name].double() + newer[name].double()) / 2
+            assert torch.equal(tensor, mean.float()), name
+            continue
+        assert torch.equal(tensor, newer[name]) and not torch.equal(tensor, older[name]), name
+        counters += 1
+    assert counters > 0
+    with pytest.raises(ValueError, match=r"average must be <= 2, the checkpoints of .*, got 3"):
+        run.load_weights(average=3)
+    with pytest.raises(ValueError, match="average must be >= 1, got 0"):
+        run.load_weights(average=0)
+
+
+def test_a_run_needs_no_data_to_be_restored(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(self: DigitsConfig) -> Any:
+        raise AssertionError("the data were loaded")
+
+    monkeypatch.setattr(DigitsConfig, "load", load)
+    run = Run.restore(copied, console())
+    run.load_weights()
+    with pytest.raises(AssertionError, match="the data were loaded"):
+        run.task.evaluate(run.model, run.method.subnets["core"], "test")
+
+
+def test_a_run_does_not_go_on_with_other_data(copied: Path):
+    path = copied / "task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_classes": 9}))
+    before = (copied / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"the data are not those .* num_classes must be 9, got 10"
+    ):
+        resume(copied)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"task\.json is missing or damaged"):
+        resume(copied)
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_speed_of_a_run_is_logged(whole_ats: Path):
+    logged = read_metrics(whole_ats / "metrics.jsonl")
+    trained = [r for r in logged if r["kind"] == "train"]
+    assert len(trained) == STEPS
+    seconds = {r["step"]: r["time_s"] for r in trained}
+    for record in trained:
+        step = record["step"]
+        spent = seconds[step] - seconds.get(step - 1, 0.0)
+        # Every step is logged: 64 images in its own time.
+        assert record["targets_per_s"] == pytest.approx(64 / spent, rel=1e-6)
+        assert record["flop_utilization"] > 0

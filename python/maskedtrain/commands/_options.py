@@ -6,11 +6,42 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["parse", "take"]
+from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.training.run import Run
+
+__all__ = ["Checkpoint", "load_checkpoint", "parse", "take"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Which weights of a run a command takes."""
+
+    step: int | None = None
+    """Checkpoint to take; the newest where not given."""
+    average: int = 1
+    """Take the mean of the weights of so many checkpoints: this one and those before it."""
+    best: bool = False
+    """Take the network's best weights on the validation data, of a run with --select best."""
+
+    def __post_init__(self) -> None:
+        if self.best and (self.step is not None or self.average != 1):
+            raise ValueError("--best is a choice of weights, without --step or --average")
+
+
+def load_checkpoint(run: Run, subnet: SubNetwork, options: Checkpoint) -> int:
+    """Load the weights into the run's model; the number of steps that trained the sub-network."""
+    if options.best:
+        best = run.best(subnet.name).load()
+        run.model.load_state_dict(best.weights)
+        return best.state["passes"]
+    checkpoint = run.load_weights(options.step, average=options.average)
+    return checkpoint.state["trainer"]["passes"][subnet.name]
+
 
 _Options = TypeVar("_Options")
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from maskedtrain.commands._options import parse
-from maskedtrain.config import unknown_name
+from maskedtrain.commands._options import Checkpoint, load_checkpoint, parse
 from maskedtrain.training.console import Console
 from maskedtrain.training.export import save_program, save_weights
-from maskedtrain.training.run import Run, read_config
+from maskedtrain.training.run import Run
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checkpoint):
     """Write a sub-network of a run as a network of its own."""
 
     run: tyro.conf.Positional[Path]
@@ -27,8 +26,6 @@ class Options:
     """Write its weights to this safetensors file."""
     export: Path | None = None
     """Write it as a torch.export program (.pt2) for batches of any size."""
-    step: int | None = None
-    """Checkpoint to take; the newest where not given."""
 
 
 def main(arguments: Sequence[str], console: Console) -> None:
@@ -37,14 +34,13 @@ def main(arguments: Sequence[str], console: Console) -> None:
         raise ValueError(
             "nothing to write: give --out FILE.safetensors, --export FILE.pt2, or both"
         )
-    run = Run(read_config(options.run), console)
-    if options.subnet not in run.method.subnets:
-        raise unknown_name("sub-network", options.subnet, run.method.subnets)
-    run.load_weights(options.step)
-    network = run.method.subnets[options.subnet].extract().cpu().eval()
+    run = Run.restore(options.run, console)
+    subnet = run.subnet(options.subnet)
+    load_checkpoint(run, subnet, options)
+    network = subnet.extract().cpu().eval()
     if options.out is not None:
         save_weights(network, options.out)
         console.print(f"weights of {options.subnet} written to {options.out}")
     if options.export is not None:
-        save_program(network, run.dataset.image_shape, options.export)
+        save_program(network, *run.task.example(), options.export)
         console.print(f"program of {options.subnet} written to {options.export}")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskedtrain import methods, models
+from maskedtrain import data, methods, models
 from maskedtrain.commands._options import parse, take
 from maskedtrain.config import TrainConfig, to_dict, unknown_name
 from maskedtrain.presets import PRESETS, preset
 from maskedtrain.training.console import Console
 from maskedtrain.training.run import read_config, train
+
+# Parts of the configuration that are chosen by name, by their flags.
+_PARTS: dict[str, tuple[str, Callable[[], Mapping[str, Callable[[], Any]]]]] = {
+    "dataset": ("data", data.configs),
+    "model": ("model", models.configs),
+    "method": ("method", methods.configs),
+}
 
 # What may differ when a run goes on: nothing that the next step depends on.
 _FREE = {"data", "device", "threads"}
@@ -21,23 +28,30 @@ _FREE |= {"max_steps", "eval_every", "save_every", "keep_last", "log_every"}
 
 
 def main(arguments: Sequence[str], console: Console) -> None:
-    """Options: ``--preset NAME``, ``--resume RUN``, ``--method NAME``, ``--model NAME``, then
+    """Options: ``--preset NAME``, ``--resume RUN``, a ``--part NAME`` for each of ``_PARTS``, then
     single values.
     """
     resumed, rest = take(arguments, "--resume")
     named, rest = take(rest, "--preset")
-    method, rest = take(rest, "--method")
-    model, rest = take(rest, "--model")
+    chosen: dict[str, str] = {}
+    for flag in _PARTS:
+        name, rest = take(rest, f"--{flag}")
+        if name is not None:
+            chosen[flag] = name
     if resumed is None:
         default = TrainConfig() if named is None else preset(named)
-    elif (named, method, model) != (None, None, None):
-        raise ValueError("--resume goes on with a run as it was: no --preset, --method or --model")
+    elif named is not None or chosen:
+        flag = "preset" if named is not None else next(iter(chosen))
+        raise ValueError(f"--resume goes on with a run as it was: no --{flag}")
     else:
         default = read_config(Path(resumed))
-    if method is not None:
-        default = replace(default, method=_of(methods.configs(), "method", method))
-    if model is not None:
-        default = replace(default, model=_of(models.configs(), "model", model))
+    for flag, name in chosen.items():
+        part, configs = _PARTS[flag]
+        if name not in configs():
+            raise unknown_name(flag, name, configs())
+        # What a preset says of this part stays if it is of the same name.
+        if name != getattr(default, part).name:
+            default = replace(default, **{part: configs()[name]()})
     config = parse(TrainConfig, rest, command="train", default=default, about=_about())
     if resumed is not None:
         _check_unchanged(default, config)
@@ -45,12 +59,6 @@ def main(arguments: Sequence[str], console: Console) -> None:
     console.print()
     console.results_table(rows)
     console.print(f"\nwritten to {config.run.out}")
-
-
-def _of(configs: dict[str, type[Any]], kind: str, name: str) -> Any:
-    if name not in configs:
-        raise unknown_name(kind, name, configs)
-    return configs[name]()
 
 
 def _check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
@@ -69,8 +77,9 @@ def _about() -> str:
     entries = {
         "--preset NAME": f"Start from a preset: {', '.join(PRESETS)}",
         "--resume RUN": "Go on with the run in this folder, bitwise as if never stopped.",
-        "--method NAME": f"Training method, its own options below: {', '.join(methods.configs())}",
+        "--dataset NAME": f"Data set, its own options below: {', '.join(data.configs())}",
         "--model NAME": f"Model, its own options below: {', '.join(models.configs())}",
+        "--method NAME": f"Training method, its own options below: {', '.join(methods.configs())}",
     }
     lines = ["Train a network and its sub-networks together, or resume a run."]
     for flag, text in entries.items():

@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -22,6 +23,7 @@ import torch
 from maskedtrain.data._files import Bytes, decoded, find_root
 from maskedtrain.data.images import (
     Augment,
+    ImageConfig,
     ImageDataset,
     ImageSplit,
     Interpolation,
@@ -171,3 +173,17 @@ def _check_size(size: int, source: Path | str) -> None:
             f"{source} must hold {FILE_BYTES} bytes "
             f"({FILE_BYTES // RECORD_BYTES} records of {RECORD_BYTES}), got {got}"
         )
+
+
+@dataclass(frozen=True)
+class Config(ImageConfig):
+    """CIFAR-10, from its official binary records."""
+
+    name = "cifar10"
+
+    data: Path | None = None
+    """Folder or archive of the official binary records, as they are or as .bin.xz; the variable
+    MASKEDTRAIN_DATA where not given."""
+
+    def load(self) -> ImageDataset:
+        return load(self.data, image_size=self.image_size or 32)

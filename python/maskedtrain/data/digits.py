@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 
 import torch
 
 from maskedtrain.data.images import (
     Augment,
+    ImageConfig,
     ImageDataset,
     ImageSplit,
     Interpolation,
@@ -20,7 +21,6 @@ TEST_FRACTION = 0.2
 
 
 def load(
-    root: str | os.PathLike[str] | None = None,
     *,
     image_size: int = 8,
     interpolation: Interpolation = "bilinear",
@@ -34,10 +34,8 @@ def load(
     mean and std are those of the train split at its final size. The customary augmentation shifts
     by up to 1/8 of the width and does not mirror: a mirrored digit is not a digit.
 
-    Raises ImportError without scikit-learn, and ValueError for a `root`, as no file is read.
+    Raises ImportError without scikit-learn.
     """
-    if root is not None:
-        raise ValueError(f"digits come with scikit-learn: root must be None, got {root}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -58,3 +56,13 @@ def load(
     mean, std = channel_stats(train.images)
     augment = Augment(padding=image_size // 8, flip=False)
     return ImageDataset("digits", train, val, test, 10, mean, std, augment)
+
+
+@dataclass(frozen=True)
+class Config(ImageConfig):
+    """Handwritten digits, embedded in scikit-learn."""
+
+    name = "digits"
+
+    def load(self) -> ImageDataset:
+        return load(image_size=self.image_size or 8)

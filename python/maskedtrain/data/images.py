@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskedtrain.data.base import DataConfig
+
 Interpolation = Literal["bilinear", "nearest"]
 
 
@@ -133,6 +135,30 @@ class ImageDataset:
     @property
     def num_test(self) -> int:
         return len(self.test)
+
+
+@dataclass(frozen=True)
+class ImageConfig(DataConfig):
+    """What data sets of images have in common."""
+
+    task = "images"
+
+    image_size: int | None = None
+    """Side to which images are resized, in pixels; the data set's own where not given."""
+    batch_size: int = 128
+    """Images a step."""
+    eval_batch_size: int = 500
+    """Images a forward pass of an evaluation."""
+    augment: bool = True
+    """Random crops and, where the data set allows, flips of the training images."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "eval_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+
+    def load(self) -> ImageDataset:
+        raise NotImplementedError
 
 
 class BatchLoader:

@@ -2,7 +2,8 @@
 
 from maskedtrain.layers.base import Active, MaskedModule
 from maskedtrain.layers.conv import MaskedConv2d
+from maskedtrain.layers.lfc import LFCLinear
 from maskedtrain.layers.linear import MaskedLinear
 from maskedtrain.layers.norm import SwitchNorm
 
-__all__ = ["Active", "MaskedConv2d", "MaskedLinear", "MaskedModule", "SwitchNorm"]
+__all__ = ["Active", "LFCLinear", "MaskedConv2d", "MaskedLinear", "MaskedModule", "SwitchNorm"]

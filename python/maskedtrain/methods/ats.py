@@ -9,7 +9,7 @@ from itertools import combinations
 from torch import nn
 
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
-from maskedtrain.methods.widths import width_chain
+from maskedtrain.methods.cores import CoreKind, core_chain
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = ["ATS", "Config"]
@@ -61,14 +61,16 @@ class Config(MethodConfig):
 
     name = "ats"
 
+    core: CoreKind = "width"
+    """What the cores are: narrower networks, or low-rank factors of the layers the model names."""
     ratios: tuple[float, ...] = (0.5,)
-    """Widths of the cores, as shares of the super-network's; called core, core2, core3 ..."""
+    """Widths or ranks of the cores, as shares of the whole; called core, core2, core3 ..."""
     round_to: int = 16
     """Widths become multiples of this where the layer allows."""
     core_lr_scale: float = 1.0
     """Step-size factor of the cores' steps."""
 
     def build(self, model: nn.Module) -> ATS:
-        subnets = width_chain(model, self.ratios, self.round_to)
+        subnets = core_chain(model, self.core, self.ratios, round_to=self.round_to)
         scales = {subnet.name: self.core_lr_scale for subnet in subnets[1:]}
         return ATS(subnets, lr_scales=scales)

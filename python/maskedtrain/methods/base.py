@@ -43,12 +43,14 @@ class Plan:
     update: SubNetwork
     lr_scale: float = 1.0
 
-    def backward(self, loss: Callable[[], Tensor], *, scale: float = 1.0) -> dict[str, Tensor]:
+    def backward(
+        self, loss: Callable[[], Tensor], *, scale: float | Tensor = 1.0
+    ) -> dict[str, Tensor]:
         """Run every pass and add up the gradients in ``parameter.grad``.
 
         Args:
             loss: computes the loss of the model as it is then active, on this step's batch.
-            scale: multiplies the gradients (1 / number of micro-batches under accumulation).
+            scale: multiplies the gradients (a micro-batch's share under accumulation).
 
         Returns:
             Each pass's loss, by the name of its sub-network, detached and unscaled.

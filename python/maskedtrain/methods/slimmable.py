@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
-from maskedtrain.methods.widths import width_chain
+from maskedtrain.methods.cores import CoreKind, core_chain
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = ["Config", "Slimmable"]
@@ -35,10 +35,12 @@ class Config(MethodConfig):
 
     name = "slimmable"
 
+    core: CoreKind = "width"
+    """What the cores are: narrower networks, or low-rank factors of the layers the model names."""
     ratios: tuple[float, ...] = (0.5,)
-    """Widths of the cores, as shares of the super-network's; called core, core2, core3 ..."""
+    """Widths or ranks of the cores, as shares of the whole; called core, core2, core3 ..."""
     round_to: int = 16
     """Widths become multiples of this where the layer allows."""
 
     def build(self, model: nn.Module) -> Slimmable:
-        return Slimmable(width_chain(model, self.ratios, self.round_to))
+        return Slimmable(core_chain(model, self.core, self.ratios, round_to=self.round_to))

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
+from maskedtrain.methods.cores import CoreKind, make_core
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = ["Config", "Standard"]
@@ -35,12 +36,14 @@ class Config(MethodConfig):
 
     network: Literal["full", "core"] = "full"
     """The network to train: the whole super-network, or its core alone."""
+    core: CoreKind = "width"
+    """What the core is: a narrower network, or low-rank factors of the layers the model names."""
     ratio: float = 0.5
-    """Width of the core, as a share of the super-network's."""
+    """Width or rank of the core, as a share of the whole."""
     round_to: int = 16
     """Widths become multiples of this where the layer allows."""
 
     def build(self, model: nn.Module) -> Standard:
         if self.network == "full":
             return Standard(SubNetwork.full(model))
-        return Standard(SubNetwork.width(model, self.ratio, round_to=self.round_to))
+        return Standard(make_core(model, self.core, self.ratio, round_to=self.round_to))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -15,7 +15,11 @@ class ModelConfig:
     """Options of a model; a subclass in each model's file, named ``Config``."""
 
     name: ClassVar[str]
+    task: ClassVar[str]
+    """What the model is for: the name of a module of ``maskedtrain.tasks``."""
 
-    def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """A freshly initialised model for images of so many channels and classes."""
+    def build(self, **sizes: Any) -> nn.Module:
+        """A freshly initialised model for the data's sizes, those of the task's
+        ``model_arguments``.
+        """
         raise NotImplementedError

@@ -197,6 +197,7 @@ class Config(ModelConfig):
     """A residual network."""
 
     name = "resnet"
+    task = "images"
 
     depth: Literal[8, 18, 34, 50] = 18
     """Number of layers."""

@@ -22,6 +22,8 @@ import rich.progress
 from rich.cells import cell_len
 from rich.text import Text
 
+from maskedtrain.training.scores import ACCURACY, Score
+
 _MISSING = "–"
 # The speed shown is the mean over this long, so that it follows a change but does not flicker.
 _SPEED_WINDOW_S = 30.0
@@ -31,8 +33,9 @@ _SPEED_WINDOW_S = 30.0
 class ResultRow:
     """One network of the results: what it reached and what that cost. None is shown as a dash.
 
-    `iterations` optimizer steps that trained this network; `accuracy` a fraction in [0, 1];
-    `forward_flops` per image; `train_flops` and `seconds` of the whole training.
+    `iterations` optimizer steps that trained this network; `accuracy` and `exact_match` fractions
+    in [0, 1], `bleu` in [0, 100]; `forward_flops` per `unit`, an image or a token; `train_flops`
+    and `seconds` of the whole training.
     """
 
     network: str
@@ -44,10 +47,15 @@ class ResultRow:
     train_flops: float | None = None
     seconds: float | None = None
     peak_mem_bytes: int | None = None
+    bleu: float | None = None
+    exact_match: float | None = None
+    unit: str = "image"
 
     def __post_init__(self) -> None:
-        if self.accuracy is not None and not 0 <= self.accuracy <= 1:
-            raise ValueError(f"accuracy must be a fraction in [0, 1], got {self.accuracy}")
+        for name, most in (("accuracy", 1), ("exact_match", 1), ("bleu", 100)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"{name} must be in [0, {most}], got {value}")
 
 
 def format_count(value: float) -> str:
@@ -89,8 +97,10 @@ _COLUMNS: tuple[_Column, ...] = (
     ("method", False, lambda row: row.method),
     ("iterations", True, _optional("iterations", "{:,}".format)),
     ("accuracy\n%", True, _optional("accuracy", lambda value: f"{100 * value:.2f}")),
+    ("BLEU", True, _optional("bleu", "{:.2f}".format)),
+    ("exact\n%", True, _optional("exact_match", lambda value: f"{100 * value:.2f}")),
     ("params", True, _optional("params", format_count)),
-    ("forward\nFLOPs/\nimage", True, _optional("forward_flops", format_count)),
+    ("forward\nFLOPs/\n{unit}", True, _optional("forward_flops", format_count)),
     ("training\nFLOPs", True, _optional("train_flops", format_count)),
     ("seconds", True, _optional("seconds", format_seconds)),
     ("peak\nmemory", True, _optional("peak_mem_bytes", format_bytes)),
@@ -112,22 +122,25 @@ class Progress:
     """One run's progress; made by `Console.progress`."""
 
     def __init__(
-        self, total: int, start: int, clock: Callable[[], float], show: Callable[[Progress], None]
+        self,
+        total: int,
+        start: int,
+        score: Score,
+        clock: Callable[[], float],
+        show: Callable[[Progress], None],
     ) -> None:
         self.step, self.total = start, total
         self._loss: float | None = None
-        self._accuracy: float | None = None
-        self._clock, self._show = clock, show
+        self._value: float | None = None
+        self._score, self._clock, self._show = score, clock, show
         self._history = deque([(clock(), start)])
 
-    def update(
-        self, step: int, *, loss: float | None = None, accuracy: float | None = None
-    ) -> None:
-        """Say that `step` steps of the whole run are done. `accuracy`, a fraction, and `loss` stay
-        on show until there is a newer value."""
+    def update(self, step: int, *, loss: float | None = None, score: float | None = None) -> None:
+        """Say that `step` steps of the whole run are done. `loss` and the value of the run's score
+        stay on show until there is a newer one."""
         self.step = step
         self._loss = self._loss if loss is None else loss
-        self._accuracy = self._accuracy if accuracy is None else accuracy
+        self._value = self._value if score is None else score
         now = self._clock()
         self._history.append((now, step))
         while len(self._history) > 2 and self._history[1][0] <= now - _SPEED_WINDOW_S:
@@ -140,13 +153,13 @@ class Progress:
         (first, start), (last, step) = self._history[0], self._history[-1]
         return (step - start) / (last - first) if last > first else 0.0
 
-    def status(self, accuracy: str = "accuracy") -> list[str]:
+    def status(self, *, short: bool = False) -> list[str]:
         """The values on show, e.g. ["120/600", "loss 1.2345", "accuracy 93.4 %", …]."""
         parts = [f"{self.step}/{self.total}"]
         if self._loss is not None:
             parts.append(f"loss {self._loss:.4f}")
-        if self._accuracy is not None:
-            parts.append(f"{accuracy} {100 * self._accuracy:.1f} %")
+        if self._value is not None:
+            parts.append(self._score.text(self._value, short=short))
         if speed := self.steps_per_s:
             parts.append(f"{_three_digits(speed)} steps/s")
             parts.append(f"{format_duration((self.total - self.step) / speed)} left")
@@ -192,10 +205,12 @@ class Console:
         self._rich.print(Text.from_ansi(f"warning: {message}", style="yellow"), soft_wrap=True)
 
     @contextmanager
-    def progress(self, total: int, *, start: int = 0, label: str = "") -> Iterator[Progress]:
+    def progress(
+        self, total: int, *, start: int = 0, label: str = "", score: Score = ACCURACY
+    ) -> Iterator[Progress]:
         """Show the progress from step `start` to step `total` while the body runs."""
         show = self._bar if self.interactive else self._lines
-        with show(total, start, label) as progress:
+        with show(total, start, label, score) as progress:
             yield progress
 
     def results_table(self, rows: Sequence[ResultRow]) -> None:
@@ -205,7 +220,7 @@ class Console:
         self._rich.print("\n".join(body), soft_wrap=True)
 
     @contextmanager
-    def _bar(self, total: int, start: int, label: str) -> Iterator[Progress]:
+    def _bar(self, total: int, start: int, label: str, score: Score) -> Iterator[Progress]:
         bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=None),
@@ -215,16 +230,16 @@ class Console:
         )
 
         def show(progress: Progress) -> None:
-            bar.update(task, completed=progress.step, status="  ".join(progress.status("acc")))
+            bar.update(task, completed=progress.step, status="  ".join(progress.status(short=True)))
 
-        progress = Progress(total, start, self._clock, show)
+        progress = Progress(total, start, score, self._clock, show)
         task = bar.add_task(label, total=total)
         show(progress)
         with bar:
             yield progress
 
     @contextmanager
-    def _lines(self, total: int, start: int, label: str) -> Iterator[Progress]:
+    def _lines(self, total: int, start: int, label: str, score: Score) -> Iterator[Progress]:
         prefix = f"{label}: step " if label else "step "
         shown_step, shown_at = start, self._clock()
 
@@ -237,7 +252,7 @@ class Console:
             if self._clock() - shown_at >= self._interval_s:
                 write(progress)
 
-        progress = Progress(total, start, self._clock, show)
+        progress = Progress(total, start, score, self._clock, show)
         try:
             yield progress
         finally:
@@ -247,7 +262,12 @@ class Console:
 
 def _columns(rows: Sequence[ResultRow]) -> list[_Column]:
     """Without those that no row has a value for."""
-    return [column for column in _COLUMNS if any(column[2](row) is not None for row in rows)]
+    unit = rows[0].unit if rows else "image"
+    return [
+        (header.format(unit=unit), right, cell)
+        for header, right, cell in _COLUMNS
+        if any(cell(row) is not None for row in rows)
+    ]
 
 
 def _cells(columns: Sequence[_Column], rows: Sequence[ResultRow]) -> list[list[str]]:

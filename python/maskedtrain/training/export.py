@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskedtrain.files import atomic_write
 from maskedtrain.training.checkpoint import weights_bytes
@@ -22,20 +22,18 @@ def save_weights(network: nn.Module, path: Path) -> None:
         file.write(weights_bytes(network.state_dict()))
 
 
-def save_program(network: nn.Module, input_shape: Sequence[int], path: Path) -> None:
-    """Write the network as a ``torch.export`` program for batches ``[B, *input_shape]`` of any size
-    B.
+def save_program(
+    network: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...], path: Path
+) -> None:
+    """Write the network as a ``torch.export`` program for inputs like these, of any size in their
+    dynamic axes.
 
     ``torch.export.load(path).module()`` runs it wherever there is torch, with the network's own
     names in its state. Raises OutputError.
     """
     # torch.export.save takes a weight in channels-last layout for part of a larger one, and warns.
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    # Two examples: torch.export would take a batch of one for a constant.
-    example = torch.zeros(2, *input_shape)
-    program = torch.export.export(
-        network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
+    program = torch.export.export(network, inputs, dynamic_shapes=dynamic_shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     with atomic_write(path) as file:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = [
+    "IGNORED",
+    "Batch",
     "Evaluation",
     "NonFiniteError",
     "StepReport",
@@ -25,9 +28,14 @@ __all__ = [
     "evaluate",
     "evaluation_mode",
     "seed_generators",
+    "target_count",
 ]
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]
+"""``(inputs, targets)``: a tensor, or a tuple of the model's arguments, and what it should say."""
+
+IGNORED = -100
+"""Targets that do not count, such as padding: the ``ignore_index`` of torch's losses."""
 
 _ADVICE = "Try a lower learning rate, a warm-up or gradient clipping"
 
@@ -64,11 +72,12 @@ class Trainer:
         model: the super-network, on its device.
         method: what each step trains, such as ``ATS([full, core])``.
         optimizer: one whose ``step`` takes a sub-network: ``MaskedSGD`` or ``MaskedAdamW``.
-        loss_fn: mean loss ``loss_fn(model(inputs), targets)`` of batches ``(inputs, targets)``.
+        loss_fn: ``loss_fn(model(inputs), targets)`` of batches ``(inputs, targets)``, the mean over
+            the targets that are not -100; inputs that are a tuple are the model's arguments.
         scheduler: a torch scheduler, stepped once a step.
         autocast: dtype of the forward passes (``torch.bfloat16``), or None.
         clip_grad_norm: largest norm of the gradient.
-        accumulate: mini-batches whose gradients are averaged for one step.
+        accumulate: mini-batches whose losses are averaged for one step, by number of targets.
         compile: run the training passes through ``torch.compile``.
         check_every: steps between checks that losses are finite. A check waits for the device;
             before a step it keeps a bad gradient from being applied, so 1 is right wherever that
@@ -134,15 +143,14 @@ class Trainer:
         """
         self.model.train()
         plan = self.method.plan(self.step)
+        taken = list(islice(batches, self.accumulate))
+        if len(taken) < self.accumulate:
+            raise ValueError(f"the batches ended after {self.step} steps")
         losses: dict[str, Tensor] = {}
-        for _ in range(self.accumulate):
-            batch = next(batches, None)
-            if batch is None:
-                self.optimizer.zero_grad()
-                raise ValueError(f"the batches ended after {self.step} steps")
-            found = plan.backward(lambda b=batch: self._loss(b), scale=1 / self.accumulate)
+        for batch, share in zip(taken, _shares(taken), strict=True):
+            found = plan.backward(lambda b=batch: self._loss(b), scale=share)
             for name, loss in found.items():
-                losses[name] = losses.get(name, 0) + loss / self.accumulate
+                losses[name] = losses.get(name, 0) + loss * share
         self._losses = losses
         if self.step % self.check_every == 0:
             self._check_losses(self.step + 1)
@@ -164,7 +172,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         inputs, targets = batch
         with torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None):
-            return self.loss_fn(self._forward(inputs), targets)
+            return self.loss_fn(self._forward(*_arguments(inputs)), targets)
 
     def check(self) -> None:
         """Raise NonFiniteError if the last step's losses or the weights are not finite: worth
@@ -224,24 +232,41 @@ def evaluate(
 ) -> Evaluation:
     """Mean loss and accuracy (arg max of the output's last axis) of a sub-network.
 
-    ``loss_fn`` is a mean over targets, which batches may have different numbers of. The model comes
-    back as it was. Raises ValueError where there are no batches.
+    ``loss_fn`` is a mean over the targets that are not -100, of which batches may have different
+    numbers. The model comes back as it was. Raises ValueError where there are no batches.
     """
     device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    count = 0
+    total = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluation_mode(model), subnet.activate():
         for inputs, targets in batches:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                outputs = model(inputs)
+                outputs = model(*_arguments(inputs))
                 loss = loss_fn(outputs, targets)
+            count = target_count(targets)
+            # No output is -100: what does not count is not right.
             right = (outputs.argmax(-1) == targets).sum()
-            total += torch.stack([loss.double() * targets.numel(), right.double()])
-            count += targets.numel()
-    if count == 0:
+            total += torch.stack([loss.double() * count, right.double(), count.double()])
+    loss, right, count = total.tolist()
+    if not count:
         raise ValueError("there is nothing to evaluate on: no batches")
-    loss, right = (total / count).tolist()
-    return Evaluation(loss, right, count)
+    return Evaluation(loss / count, right / count, round(count))
+
+
+def _arguments(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def target_count(targets: Tensor) -> Tensor:
+    """How many targets count: a tensor, so as not to wait for a device."""
+    return (targets != IGNORED).sum()
+
+
+def _shares(batches: Sequence[Batch]) -> Sequence[Any]:
+    """Each batch's share of the targets of all."""
+    if len(batches) == 1:
+        return [1.0]
+    counts = torch.stack([target_count(targets) for _, targets in batches])
+    return (counts.double() / counts.sum()).unbind()
 
 
 @contextmanager

@@ -7,8 +7,10 @@ A record is one JSON object:
      "train_flops": 1.5e12, "time_s": 12.9}
 
 `step` counts finished optimizer steps and `subnet` names the network that was trained or evaluated.
-`loss` is in nats, `accuracy` a fraction, `time_s` seconds and `train_flops` floating-point
-operations since the run began. Further fields may follow. NaN and infinities are written as null.
+`loss` is in nats, `accuracy` a fraction, `bleu` in [0, 100], `time_s` seconds and `train_flops`
+floating-point operations since the run began; `targets_per_s` and `flop_utilization`, of the steps
+since the network's last record, count images or tokens, and the share of this machine's rate in
+large matrix products. Further fields may follow. NaN and infinities are written as null.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maskedtrain.files import atomic_write, jsonable, make_folder, output_errors, write_json
+from maskedtrain.training.scores import ACCURACY, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,9 +122,13 @@ def write_summary(folder: str | os.PathLike[str], summary: dict[str, Any]) -> Pa
 
 
 def plot_curves(
-    metrics: str | os.PathLike[str], out_png: str | os.PathLike[str], *, title: str = ""
+    metrics: str | os.PathLike[str],
+    out_png: str | os.PathLike[str],
+    *,
+    title: str = "",
+    score: Score = ACCURACY,
 ) -> str | None:
-    """Plot training loss and validation accuracy of each sub-network against the step.
+    """Plot training loss and validation score of each sub-network against the step.
 
     Returns None, or the reason why nothing was plotted. Raises OutputError.
     """
@@ -132,18 +139,19 @@ def plot_curves(
     if (figure := _figure(width_in=10, height_in=4)) is None:
         return "matplotlib is not installed"
 
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes, score_axes = figure.subplots(1, 2)
     for colour, subnet in zip(cycle(_COLOURS), dict.fromkeys([*evaluated, *trained])):
         steps, losses = _columns(trained.get(subnet, []), "step", "loss")
         # The thin line shows the spread, the mean over a fiftieth of the run the trend.
         loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         trend = _running_mean(losses, window=max(1, len(losses) // 50))
         loss_axes.plot(steps, trend, color=colour, label=subnet)
-        _plot_accuracy(accuracy_axes, evaluated.get(subnet, []), "step", color=colour, label=subnet)
-    for axes in (loss_axes, accuracy_axes):
+        found = evaluated.get(subnet, [])
+        _plot_score(score_axes, found, "step", score, color=colour, label=subnet)
+    for axes in (loss_axes, score_axes):
         _decorate(axes, "training step")
     loss_axes.set_ylabel("training loss (nats)")
-    accuracy_axes.set_ylabel("validation accuracy (%)")
+    score_axes.set_ylabel(score.axis)
     figure.suptitle(title)
     _save(figure, out_png)
     return None
@@ -154,8 +162,9 @@ def plot_comparison(
     out_png: str | os.PathLike[str],
     *,
     title: str = "",
+    score: Score = ACCURACY,
 ) -> str | None:
-    """Plot validation accuracy of several runs, one column of panels for each network.
+    """Plot the validation score of several runs, one column of panels for each network.
 
     `runs` maps a label to a metrics log. The upper row is against the training step, the lower one
     against cumulative training FLOPs; it is left out where no record has `train_flops`.
@@ -178,10 +187,11 @@ def plot_comparison(
         for axes, subnet in zip(row, subnets, strict=True):
             for colour, (label, networks) in zip(cycle(_COLOURS), evaluated.items()):
                 if subnet in networks:
-                    _plot_accuracy(axes, networks[subnet], field, color=colour, label=label)
+                    found = networks[subnet]
+                    _plot_score(axes, found, field, score, color=colour, label=label)
             _decorate(axes, axis_name)
             axes.set_title(subnet)
-        row[0].set_ylabel("validation accuracy (%)")
+        row[0].set_ylabel(score.axis)
     figure.suptitle(title)
     _save(figure, out_png)
     return None
@@ -245,9 +255,11 @@ def _figure(*, width_in: float, height_in: float) -> Figure | None:
     return figure
 
 
-def _plot_accuracy(axes: Axes, records: list[dict[str, Any]], x: str, **style: Any) -> None:
-    xs, accuracies = _columns(records, x, "accuracy")
-    axes.plot(xs, 100 * accuracies, marker="o", markersize=3, **style)
+def _plot_score(
+    axes: Axes, records: list[dict[str, Any]], x: str, score: Score, **style: Any
+) -> None:
+    xs, values = _columns(records, x, score.name)
+    axes.plot(xs, score.scale * values, marker="o", markersize=3, **style)
 
 
 def _decorate(axes: Axes, x_name: str) -> None:

@@ -3,60 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.optim import lr_scheduler
+from torch import Tensor, nn
 
-from maskedtrain import data
-from maskedtrain.config import OptimConfig, TrainConfig, from_dict, to_dict
-from maskedtrain.data.images import BatchLoader, ImageSplit
+from maskedtrain.config import TrainConfig, from_dict, to_dict, unknown_name
 from maskedtrain.files import make_folder, output_errors, write_json
-from maskedtrain.optim import MaskedAdamW, MaskedSGD
-from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.tasks import make_task
+from maskedtrain.tasks.base import Split
 from maskedtrain.training.checkpoint import Checkpoint, Checkpoints
 from maskedtrain.training.console import Console, ResultRow
-from maskedtrain.training.loop import (
-    Evaluation,
-    NonFiniteError,
-    Trainer,
-    evaluation_mode,
-    seed_generators,
-)
+from maskedtrain.training.loop import NonFiniteError, Trainer, seed_generators
 from maskedtrain.training.memory import peak_bytes, reset_peak
 from maskedtrain.training.metrics import MetricsLog, plot_curves, write_summary
+from maskedtrain.training.optimizer import make_optimizer
 from maskedtrain.training.signals import Interrupted, noted_signals
+from maskedtrain.training.throughput import Meter, matmul_flops_per_s
 
-__all__ = ["Run", "read_config", "train"]
+__all__ = ["Run", "read_config", "result_row", "train"]
 
 
 class Run:
-    """Data, model and method of a run, all from its configuration and its seed."""
+    """Task, model and method of a run, all from its configuration and its seed.
 
-    def __init__(self, config: TrainConfig, console: Console) -> None:
+    ``saved`` is the folder of the run if it has begun: then the data are not needed for this.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console, *, saved: Path | None = None) -> None:
         self.config = config
         self.console = console
         self.folder = config.run.out
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
         self.device = _device(config.run.device)
-        size = config.data.image_size
-        options = {} if size is None else {"image_size": size}
-        self.dataset = data.load(config.data.dataset, config.data.data, **options)
+        self.task = make_task(config, self.device, saved=saved)
+        sizes = self.task.model_arguments()
         seed_generators(config.run.seed)
-        channels, *_ = self.dataset.image_shape
-        self.model: nn.Module = config.model.build(
-            in_channels=channels, num_classes=self.dataset.num_classes
-        )
+        self.model: nn.Module = config.model.build(**sizes)
         self.model.to(self.device)
         self.method = config.method.build(self.model)
         if config.run.channels_last:
@@ -65,36 +57,52 @@ class Run:
             self.folder / "checkpoints", keep_last=config.run.keep_last, report=console.warn
         )
 
-    def batches(self, split: ImageSplit, *, training: bool = False) -> BatchLoader:
-        """Batches of a split: shuffled and augmented for training, else in order and as they
-        are.
+    @classmethod
+    def restore(cls, folder: Path, console: Console) -> Run:
+        """The run in a folder, with its initial weights."""
+        return cls(read_config(folder), console, saved=folder)
+
+    def subnet(self, name: str) -> SubNetwork:
+        """One of the method's sub-networks; ValueError with the known ones otherwise."""
+        if name not in self.method.subnets:
+            raise unknown_name("sub-network", name, self.method.subnets)
+        return self.method.subnets[name]
+
+    def best(self, name: str) -> Checkpoints:
+        """Where the best weights of a sub-network are kept."""
+        return Checkpoints(self.folder / "best" / name, keep_last=1, report=self.console.warn)
+
+    def load_weights(self, step: int | None = None, *, average: int = 1) -> Checkpoint:
+        """Load the newest good checkpoint (or that of one step) into the model.
+
+        Args:
+            step: of the checkpoint.
+            average: take the mean of the weights of so many checkpoints, this and those before it.
         """
-        options = self.config.data
-        return BatchLoader(
-            split,
-            options.batch_size if training else options.eval_batch_size,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            augment=self.dataset.augment if training and options.augment else None,
-            seed=self.config.run.seed,
-            device=self.device,
-            shuffle=training,
-            drop_last=training,
-            channels_last=self.config.run.channels_last,
-        )
-
-    def image_flops(self, subnet: SubNetwork, *, training: bool = False) -> int:
-        """FLOPs of one image: a forward pass, or a forward and backward one."""
-        image = torch.empty(1, *self.dataset.image_shape, device=self.device)
-        # Batch norm in training mode refuses a single value per channel.
-        with evaluation_mode(self.model):
-            return subnet.flops(image, training=training)
-
-    def load_weights(self, step: int | None = None) -> Checkpoint:
-        """Load the newest good checkpoint (or that of one step) into the model."""
         checkpoint = self.checkpoints.load(step)
-        self.model.load_state_dict(checkpoint.weights)
+        self.model.load_state_dict(
+            checkpoint.weights if average == 1 else self._mean_weights(checkpoint, average)
+        )
         return checkpoint
+
+    def _mean_weights(self, newest: Checkpoint, count: int) -> dict[str, Tensor]:
+        if count < 1:
+            raise ValueError(f"average must be >= 1, got {count}")
+        steps = [step for step in self.checkpoints.steps() if step <= newest.step][-count:]
+        if len(steps) < count:
+            raise ValueError(
+                f"average must be <= {len(steps)}, the checkpoints of {self.folder} up to step "
+                f"{newest.step}, got {count} (--keep-last of the training says how many stay)"
+            )
+        sums = {name: tensor.double() for name, tensor in newest.weights.items()}
+        for step in steps[:-1]:
+            for name, tensor in self.checkpoints.load(step).weights.items():
+                sums[name] += tensor
+        # What counts something, such as a batch norm's batches, is not averaged.
+        return {
+            name: (sums[name] / count).to(tensor.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in newest.weights.items()
+        }
 
 
 class _Session:
@@ -103,17 +111,17 @@ class _Session:
     def __init__(self, run: Run) -> None:
         config = run.config
         self.run = run
-        self.loader = run.batches(run.dataset.train, training=True)
+        self.loader = run.task.train_batches()
         self.steps_per_epoch = max(1, len(self.loader) // config.optim.accumulate)
         self.total = max(1, round(config.run.epochs * self.steps_per_epoch))
-        optimizer, scheduler = _optimizer(config.optim, run.model, self.total)
+        optimizer, scheduler = make_optimizer(config.optim, run.model, self.total)
         self.trainer = Trainer(
             run.model,
             run.method,
             optimizer,
-            F.cross_entropy,
+            run.task.loss,
             scheduler=scheduler,
-            autocast=torch.bfloat16 if config.run.bf16 else None,
+            autocast=run.task.autocast,
             clip_grad_norm=config.optim.clip_grad_norm,
             accumulate=config.optim.accumulate,
             compile=config.run.compile,
@@ -121,17 +129,14 @@ class _Session:
             check_every=1 if run.device.type == "cpu" else config.run.log_every,
         )
         self.seconds = 0.0
+        self.train_flops = 0
+        self.best: dict[str, float] = {}
         self.saved: Path | None = None
-        images = config.data.batch_size * config.optim.accumulate
-        self._step_flops = {
-            name: run.image_flops(subnet, training=True) * images
-            for name, subnet in run.method.subnets.items()
-        }
-
-    @property
-    def train_flops(self) -> int:
-        """FLOPs of all forward and backward passes so far."""
-        return sum(self._step_flops[name] * count for name, count in self.trainer.passes.items())
+        subnets = run.method.subnets
+        self.meter = Meter(
+            {name: run.task.batch_flops(subnet) for name, subnet in subnets.items()},
+            matmul_flops_per_s(run.device, run.task.autocast or torch.float32),
+        )
 
     @property
     def until(self) -> int:
@@ -144,6 +149,8 @@ class _Session:
             "trainer": self.trainer.state_dict(),
             "loader": self.loader.state_dict(),
             "seconds": self.seconds,
+            "train_flops": self.train_flops,
+            "best": dict(self.best),
         }
         weights = self.run.model.state_dict()
         self.saved = self.run.checkpoints.save(self.trainer.step, weights, state)
@@ -153,25 +160,37 @@ class _Session:
         self.trainer.load_state_dict(checkpoint.state["trainer"])
         self.loader.load_state_dict(checkpoint.state["loader"])
         self.seconds = checkpoint.state["seconds"]
+        self.train_flops = checkpoint.state["train_flops"]
+        self.best = checkpoint.state["best"]
         self.saved = checkpoint.path
 
-    def evaluate(self, split: ImageSplit) -> dict[str, Evaluation]:
-        batches = self.run.batches(split)
-        subnets = self.run.method.subnets
-        return {name: self.trainer.evaluate(batches, subnet) for name, subnet in subnets.items()}
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Every network on the validation data; the best weights of each so far are kept."""
+        run, score = self.run, self.run.task.score.name
+        found = {
+            name: run.task.evaluate(run.model, subnet, "val")
+            for name, subnet in run.method.subnets.items()
+        }
+        for name, result in found.items():
+            if run.config.run.select == "best" and result[score] > self.best.get(name, -math.inf):
+                self.best[name] = result[score]
+                state = {"passes": self.trainer.passes[name], score: result[score]}
+                run.best(name).save(self.trainer.step, run.model.state_dict(), state)
+        return found
 
     def fit(self, log: MetricsLog, label: str) -> None:
         """Train to the end, logging, evaluating and saving on the way."""
-        options, trainer, console = self.run.config.run, self.trainer, self.run.console
+        options, trainer, run = self.run.config.run, self.trainer, self.run
+        score = run.task.score
         until = self.until
         eval_every = options.eval_every or self.steps_per_epoch
         save_every = options.save_every or self.steps_per_epoch
         stopping = False
         with (
             noted_signals() as caught,
-            console.progress(until, start=trainer.step, label=label) as bar,
+            run.console.progress(until, start=trainer.step, label=label, score=score) as bar,
         ):
-            stream = self.loader.stream()
+            stream = self.meter.seen(self.loader.stream())
             while trainer.step < until and not stopping:
                 started = time.perf_counter()
                 report = trainer.train_step(stream)
@@ -185,23 +204,27 @@ class _Session:
                 evaluating = step % eval_every == 0 or last
                 if evaluating:
                     self._wait()
-                self.seconds += time.perf_counter() - started
+                seconds = time.perf_counter() - started
+                self.seconds += seconds
+                self.train_flops += self.meter.step(report.losses, seconds)
                 for name, loss in losses.items():
-                    log.log(step, "train", name, **self.record({"loss": loss, "lr": report.lr}))
+                    values = {"loss": loss, "lr": report.lr, **self.meter.rates(name)}
+                    log.log(step, "train", name, **self.record(values))
                     bar.update(step, loss=loss)
                 bar.update(step)
                 if evaluating:
-                    found = self.evaluate(self.run.dataset.val)
+                    found = self.evaluate()
                     for name, result in found.items():
-                        log.log(step, "eval", name, **self.record(asdict(result)))
-                    bar.update(step, accuracy=next(iter(found.values())).accuracy)
+                        log.log(step, "eval", name, **self.record(result))
+                    bar.update(step, score=next(iter(found.values()))[score.name])
                 # A signal that comes later than this is for the next step.
                 stopping = bool(caught)
                 if step % save_every == 0 or last or stopping:
                     log.sync()
                     self.save()
             if caught:
-                raise Interrupted(caught[0], f"stopped at step {trainer.step}; {_go_on(self.run)}")
+                advice = _go_on(run.folder)
+                raise Interrupted(caught[0], f"stopped at step {trainer.step}; {advice}")
 
     def _wait(self) -> None:
         """Wait for the steps that an accelerator has yet to do, so that they are timed as steps."""
@@ -212,23 +235,34 @@ class _Session:
         return {**values, "train_flops": self.train_flops, "time_s": self.seconds}
 
     def results(self) -> list[ResultRow]:
-        """The table: every network on the test images."""
-        test = self.evaluate(self.run.dataset.test)
-        peak_mem_bytes = peak_bytes(self.run.device)
-        return [
-            ResultRow(
-                network=name,
-                method=self.run.config.method.name,
-                iterations=self.trainer.passes[name],
-                accuracy=test[name].accuracy,
-                params=subnet.numel(),
-                forward_flops=self.run.image_flops(subnet),
-                train_flops=self.train_flops,
-                seconds=self.seconds,
-                peak_mem_bytes=peak_mem_bytes,
-            )
-            for name, subnet in self.run.method.subnets.items()
-        ]
+        """The table: every network on the test data, with the weights that are selected."""
+        run = self.run
+        peak_mem_bytes = peak_bytes(run.device)
+        rows: list[ResultRow] = []
+        for name, subnet in run.method.subnets.items():
+            if name in self.best:
+                run.model.load_state_dict(run.best(name).load().weights)
+            row = result_row(run, subnet, "test", self.trainer.passes[name])
+            row = replace(row, train_flops=self.train_flops, seconds=self.seconds)
+            rows.append(replace(row, peak_mem_bytes=peak_mem_bytes))
+        return rows
+
+
+def result_row(run: Run, subnet: SubNetwork, split: Split, iterations: int) -> ResultRow:
+    """A sub-network, with the model's present weights, on the data of a split."""
+    found = run.task.evaluate(run.model, subnet, split, final=True)
+    return ResultRow(
+        network=subnet.name,
+        method=run.config.method.name,
+        iterations=iterations,
+        params=subnet.numel(),
+        forward_flops=run.task.unit_flops(subnet),
+        unit=run.task.unit,
+        # Of a translation it is the whole that counts, not each token after the right ones.
+        accuracy=None if "bleu" in found else found["accuracy"],
+        bleu=found.get("bleu"),
+        exact_match=found.get("exact_match"),
+    )
 
 
 def train(
@@ -252,14 +286,14 @@ def train(
         ValueError: bad data or options, or the folder holds a run and neither flag was given.
         OutputError: something could not be written.
     """
-    run = Run(config, console)
-    folder = run.folder
-    done = run.checkpoints.steps()
+    folder = config.run.out
+    done = Checkpoints(folder / "checkpoints").steps()
     if done and not (resume or overwrite):
         raise ValueError(
-            f"{folder} holds a run already, at step {done[-1]}; {_go_on(run)}; "
+            f"{folder} holds a run already, at step {done[-1]}; {_go_on(folder)}; "
             "or choose another --out"
         )
+    run = Run(config, console, saved=folder if done and resume else None)
     reset_peak(run.device)
     # What can be wrong with the options has been found before the folder is touched.
     session = _Session(run)
@@ -277,12 +311,16 @@ def train(
         console.warn(f"{folder} has no checkpoint: starting at step 0")
     # Also of a run that goes on: some of its options may have changed.
     write_json(folder / "config.json", to_dict(config))
+    if run.task.saved is None:
+        run.task.save(folder)
     with MetricsLog(folder, resume_step=session.trainer.step or None) as log:
         _fit(session, log, label or config.method.name)
     rows = session.results()
     summary = {"config": to_dict(config), "results": [asdict(row) for row in rows]}
     write_summary(folder, {**summary, "step": session.trainer.step})
-    if (reason := plot_curves(folder / "metrics.jsonl", folder / "curves.png")) is not None:
+    curves = folder / "metrics.jsonl", folder / "curves.png"
+    reason = plot_curves(*curves, score=run.task.score)
+    if reason is not None:
         console.print(f"no curves.png: {reason}")
     return rows
 
@@ -300,7 +338,7 @@ def _fit(session: _Session, log: MetricsLog, label: str) -> None:
         if session.saved is None:
             raise
         message = f"stopped at once, with {session.saved} as the last checkpoint"
-        raise Interrupted(signal.SIGINT, f"{message}; {_go_on(session.run)}") from None
+        raise Interrupted(signal.SIGINT, f"{message}; {_go_on(session.run.folder)}") from None
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -320,8 +358,8 @@ def read_config(folder: Path) -> TrainConfig:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def _go_on(run: Run) -> str:
-    return f"go on with: maskedtrain train --resume {shlex.quote(str(run.folder))}"
+def _go_on(folder: Path) -> str:
+    return f"go on with: maskedtrain train --resume {shlex.quote(str(folder))}"
 
 
 def _device(name: str) -> torch.device:
@@ -333,35 +371,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
-
-
-def _optimizer(
-    options: OptimConfig, model: nn.Module, total: int
-) -> tuple[MaskedOptimizer, lr_scheduler.LRScheduler]:
-    """The optimizer, and its learning rate over ``total`` steps."""
-    parameters = list(model.parameters())
-    if options.optimizer == "sgd":
-        optimizer = MaskedSGD(
-            parameters,
-            lr=options.lr,
-            momentum=options.momentum,
-            nesterov=options.nesterov,
-            weight_decay=options.weight_decay,
-        )
-    else:
-        optimizer = MaskedAdamW(
-            parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
-        )
-    warmup = min(options.warmup_steps, total - 1)
-    rest = total - warmup
-    if options.schedule == "cosine":
-        schedule = lr_scheduler.CosineAnnealingLR(optimizer, rest)
-    elif options.schedule == "multistep":
-        at = [round(share * total) - warmup for share in options.milestones]
-        schedule = lr_scheduler.MultiStepLR(optimizer, at)
-    else:
-        schedule = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    if warmup:
-        rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-        schedule = lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])
-    return optimizer, schedule

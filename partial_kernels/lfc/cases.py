@@ -1,0 +1,182 @@
+"""Low-rank parts of every shape: odd sizes for correctness, a Transformer's for speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from partial_kernels._core.linear_cases import WEIGHT_LAYOUTS, X_LAYOUTS, random_tensors
+from partial_kernels._core.testing import assert_within_budget, poisoned
+from partial_kernels.lfc.function import Form, lfc_linear
+
+__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "flops", "plain_lfc"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call of ``lfc_linear``, by shape and layout."""
+
+    name: str
+    batch: tuple[int, ...]
+    """Leading dimensions of x."""
+    outputs: int
+    inputs: int
+    rank: int
+    core: bool = False
+    """Without W."""
+    form: Form = "auto"
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    x_layout: str = "contiguous"
+    weight_layout: str = "contiguous"
+    """Of W, U and V."""
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.batch)
+
+    @property
+    def merged(self) -> bool:
+        """Whether W' is formed."""
+        if self.core or self.form != "auto":
+            return not self.core and self.form == "merged"
+        return self.tokens * (self.inputs + self.outputs) >= self.inputs * self.outputs
+
+    def make(
+        self, seed: int = 0, device: torch.device | str = "cpu", *, requires_grad: bool = False
+    ) -> dict[str, Any]:
+        """Keyword arguments for ``lfc_linear``; the same numbers on every device."""
+        random = random_tensors(self.dtype, device, seed)
+        layout = WEIGHT_LAYOUTS[self.weight_layout]
+        tensors = {
+            "x": X_LAYOUTS[self.x_layout](random, (*self.batch, self.inputs)),
+            "weight": layout(random, (self.outputs, self.inputs)),
+            "u": layout(random, (self.rank, self.inputs)),
+            "v": layout(random, (self.outputs, self.rank)),
+        }
+        if self.bias:
+            tensors["bias"] = random(self.outputs)
+        made: dict[str, Any] = {n: t.requires_grad_(requires_grad) for n, t in tensors.items()}
+        if self.core:
+            made["weight"] = None
+        return {**made, "form": self.form}
+
+
+def _variations(name: str, **options: Any) -> tuple[Case, ...]:
+    base = Case(name, (23,), 13, 11, 3, **options)
+    changes: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "bf16": {"dtype": torch.bfloat16},
+        "fp64": {"dtype": torch.float64},
+        "no-bias": {"bias": False},
+        "vector": {"batch": ()},
+        "no-token": {"batch": (0,)},
+        "batch-3d": {"batch": (2, 3)},
+        "rank-1": {"rank": 1},
+        "full-rank": {"rank": 11},
+        "x-permuted-3d": {"batch": (2, 3), "x_layout": "permuted"},
+        "x-sliced": {"x_layout": "sliced", "dtype": torch.bfloat16},
+        "x-expanded": {"batch": (2, 3), "x_layout": "expanded"},
+        "weight-permuted": {"weight_layout": "permuted"},
+        "weight-sliced": {"weight_layout": "sliced", "dtype": torch.float64},
+    }
+    return tuple(replace(base, name=f"{name}-{key}", **change) for key, change in changes.items())
+
+
+CASES = (
+    *_variations("auto"),
+    *_variations("merged", form="merged"),
+    *_variations("factored", form="factored"),
+    *_variations("core", core=True),
+    Case("merged-aligned", (96,), 160, 128, 16, form="merged"),
+    Case("core-aligned-bf16", (96,), 160, 128, 16, core=True, dtype=torch.bfloat16),
+)
+
+BENCH_CASES = tuple(
+    Case(f"{name}-{tokens}x512x{outputs}-k{rank}", (tokens,), outputs, 512, rank, core)
+    for name, core in {"super": False, "core": True}.items()
+    for tokens in (1024, 4096)
+    for outputs in (512, 1024, 2048)
+    for rank in (16, 128)
+)
+
+
+def flops(case: Case) -> dict[str, int]:
+    """FLOPs of each pass, 2 per multiply-add, when every tensor needs its gradient."""
+    T, O, I, K = case.tokens, case.outputs, case.inputs, case.rank
+    thin, product = 2 * T * K * (I + O), 2 * T * O * I
+    if case.core:
+        return {"forward": thin, "backward": 2 * thin}
+    if not case.merged:
+        return {"forward": product + thin, "backward": 2 * product + 2 * thin}
+    # dU and dV: from dW, or by token.
+    factors = min(4 * O * I * K, 2 * thin)
+    return {"forward": 2 * O * I * K + product, "backward": 2 * product + factors}
+
+
+def bytes_moved(case: Case) -> dict[str, int]:
+    """Bytes of each pass if every operand moves once, W' once more where it is formed."""
+    T, O, I, K = case.tokens, case.outputs, case.inputs, case.rank
+    parameters = K * (I + O) + (0 if case.core else O * I)
+    forward = T * (I + O) + parameters + O * case.bias
+    size = case.dtype.itemsize
+    merged = O * I * case.merged
+    return {
+        "forward": size * (forward + 2 * merged),
+        "backward": size * (2 * T * (I + O) + 2 * parameters + merged),
+    }
+
+
+def plain_lfc(
+    x: Tensor,
+    weight: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    form: str = "auto",
+) -> Tensor:
+    """What ``lfc_linear`` must equal, by torch's autograd, in the form that is named."""
+    if weight is None:
+        return F.linear(F.linear(x, u), v, bias)
+    if form == "factored":
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, u), v)
+    return F.linear(x, weight + v @ u, bias)
+
+
+def check(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> None:
+    """Raise AssertionError unless y, dx, dW, dU, dV and db are right."""
+    arguments = case.make(seed, device)
+    random = random_tensors(case.dtype, device, seed + 1)
+    dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.outputs))
+    plain_form = "merged" if case.merged else "factored"
+    with poisoned():
+        actual = _results(lfc_linear, {**arguments, "impl": impl}, dy)
+    plain = _results(plain_lfc, {**arguments, "form": plain_form}, dy)
+    double = {k: a.double() if isinstance(a, Tensor) else a for k, a in arguments.items()}
+    exact = _results(plain_lfc, double, dy.double())
+    assert actual.keys() == exact.keys()
+    for name, result in actual.items():
+        assert_within_budget(result, plain[name], exact[name], what=f"{case.name}: {name}")
+
+
+def _results(
+    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor
+) -> dict[str, Tensor]:
+    """y and the gradient of every tensor."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    y = function(**{**arguments, **leaves})
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}

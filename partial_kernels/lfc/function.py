@@ -1,0 +1,234 @@
+"""``lfc_linear``: a linear layer with a low-rank part, at the cost of a plain one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from partial_kernels._core.checks import check_tensors, compute_dtype, no_autocast
+from partial_kernels._core.ops import plain_call
+from partial_kernels.lfc.reference import MERGE, factor_gradients
+
+__all__ = ["Form", "MergeCache", "lfc_linear"]
+
+# T tokens, O outputs, I inputs, K rank
+
+Form = Literal["auto", "merged", "factored"]
+
+
+Key = tuple[Any, ...]
+
+
+class MergeCache:
+    """Keeps ``W' = W + V U`` from call to call while W, U and V stay the same tensors, unchanged.
+
+    One matrix at most is held. Changes are noticed by the tensors' version counters, as autograd
+    does: what writes through ``tensor.data`` must call ``clear`` itself. Calls that are compiled or
+    exported go past the cache; one that is captured in a CUDA graph ends it, since replays change
+    tensors unnoticed. A copy of it, or what a pickle holds of it, is empty.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Key, Tensor] | None = None
+        self._ended = False
+
+    def clear(self) -> None:
+        """Forget the matrix."""
+        self._held = None
+
+    def __reduce__(self) -> tuple[type[MergeCache], tuple[()]]:
+        return MergeCache, ()
+
+    def key(
+        self, weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype, impl: str
+    ) -> Key | None:
+        """What W' depends on, or None where it cannot be kept."""
+        if torch.compiler.is_compiling() or self._ended:
+            return None
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._ended, self._held = True, None
+            return None
+        tensors = weight, u, v
+        # Fake tensors hold nothing, and those made in inference mode have no version.
+        if any(type(t) not in (Tensor, Parameter) or t.is_inference() for t in tensors):
+            return None
+        versions = ((tensor._version, tensor.data_ptr()) for tensor in tensors)
+        return *tensors, *versions, dtype, impl
+
+    def find(self, key: Key) -> Tensor | None:
+        """The matrix of this key; None, and nothing held any more, if what is held is another."""
+        if self._held is not None:
+            held, merged = self._held
+            # Tensors by identity: "==" would compare their elements.
+            if all(a is b for a, b in zip(held[:3], key[:3], strict=True)) and held[3:] == key[3:]:
+                return merged
+            # Dropped before its successor is made, so that there are never two.
+            self._held = None
+        return None
+
+    def keep(self, key: Key, merged: Tensor) -> None:
+        """Hold the matrix of this key."""
+        self._held = key, merged
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x_TI: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        merged: Tensor,
+    ) -> Tensor:
+        needs_x = any(ctx.needs_input_grad[1:4])
+        # Beside parameters: x, which a plain layer would save, and W', which it would not need to.
+        ctx.save_for_backward(x_TI if needs_x else None, merged, weight, u, v)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x_TI, merged, None if bias is None else bias.to(x_TI.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TI, merged, weight, u, v = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_du, needs_dv, needs_dbias, _ = ctx.needs_input_grad
+        needs = needs_dweight, needs_du, needs_dv
+        dx = dweight = du = dv = dbias = None
+        # A backward may run within autocast's context: what is in fp32 stays so.
+        with no_autocast(dy_TO):
+            if needs_dx:
+                # Under create_graph=True, dx depends on W, U and V, which W' has forgotten.
+                graph = torch.is_grad_enabled()
+                dx = dy_TO @ ((weight + v @ u).to(dy_TO.dtype) if graph else merged)
+            if x_TI is not None:
+                dweight, du, dv = factor_gradients(dy_TO, x_TI, u, v, needs)
+        if needs_dbias:
+            dbias = dy_TO.sum(0).to(ctx.bias_dtype)
+        return dx, dweight, du, dv, dbias, None
+
+
+_merged: Any = cast("Any", _Merged).apply
+
+
+def lfc_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    form: Form = "auto",
+    cache: MergeCache | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Linear layer with a low-rank part: ``y = x (W + V U)^T + b``; without ``weight`` its core,
+    ``y = (x U^T) V^T + b``.
+
+    The two forms give the same result and the same gradients, to rounding:
+
+    - merged: ``W' = W + V U`` is formed once (2 O I K FLOPs), then used as a plain layer's weight,
+      forward and backward; dU and dV come from dW. For T tokens and rank K a training step costs
+      1 + K / T of a plain layer's. Saved for the backward beside parameters: x and W'.
+    - factored: ``y = x W^T + (x U^T) V^T``, for few tokens; saved beside parameters: x and
+      ``x U^T``, [T, K].
+
+    In fp32 the forms differ by rounding. In bf16 (autocast) W' is formed in the parameters' dtype
+    and rounded once, which costs as much as rounding the outputs does; but an error of W's scale
+    is large for V U where that is small: at 1 % of W's scale the low-rank part is off by about 16 %
+    merged. Where that part must be resolved by itself, take ``form="factored"``.
+
+    Deterministic for one backend and thread count; differentiable twice.
+
+    Args:
+        x: ``[..., I]``.
+        weight: W ``[O, I]``, or None for the core, whose cost is ``2 T K (I + O)`` and which reads
+            nothing else.
+        u: U ``[K, I]``.
+        v: V ``[O, K]``.
+        bias: ``[O]`` or None.
+        form: "auto" takes the one of fewer FLOPs: merged for ``T (I + O) >= O I`` or where the
+            cache holds W'. In ``torch.export``, whose T is no number, merged.
+        cache: keeps W' for the next call with unchanged parameters.
+        impl: backend of the merging, by name (it runs or raises), or "auto".
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or ``form`` is unknown.
+        RuntimeError: the backend named by ``impl`` cannot run these arguments; the message says
+            why.
+
+    Source: the low-rank cores of "Masked Training of Neural Networks with Partial Gradients"
+    (AISTATS 2022), section 4.
+    """
+    _check(x, weight, u, v, bias, form)
+    if weight is None:
+        plain_call("lfc_linear", impl)
+        return F.linear(F.linear(x, u), v, bias)
+    dtype = compute_dtype(x)
+    tokens = math.prod(x.shape[:-1])
+    key = merged = None
+    if cache is not None and form != "factored":
+        key = cache.key(weight, u, v, dtype, impl)
+        merged = None if key is None else cache.find(key)
+    if merged is None and (form == "factored" or (form == "auto" and _few(tokens, weight))):
+        plain_call("lfc_linear", impl)
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, u), v)
+    if merged is None:
+        merged = _merge(weight, u, v, dtype, impl, cache, key)
+    outputs, inputs = weight.shape
+    x_TI = x.to(dtype).reshape(tokens, inputs)
+    return _merged(x_TI, weight, u, v, bias, merged).reshape(*x.shape[:-1], outputs)
+
+
+def _few(tokens: int, weight: Tensor) -> bool:
+    """Whether two thin products by token take fewer FLOPs than forming W'."""
+    outputs, inputs = weight.shape
+    # A comparison would make torch.export's number of tokens one of a range.
+    return not torch.compiler.is_exporting() and tokens * (inputs + outputs) < outputs * inputs
+
+
+def _merge(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    dtype: torch.dtype,
+    impl: str,
+    cache: MergeCache | None,
+    key: Key | None,
+) -> Tensor:
+    """W', kept in the cache where there is a key for it."""
+    if cache is None or key is None:
+        with torch.no_grad():
+            return MERGE(weight, u, v, dtype, impl)
+    # What is made in inference mode could not be saved for a backward later.
+    with torch.inference_mode(False), torch.no_grad():
+        merged = MERGE(weight, u, v, dtype, impl)
+    cache.keep(key, merged)
+    return merged
+
+
+def _check(
+    x: Tensor, weight: Tensor | None, u: Tensor, v: Tensor, bias: Tensor | None, form: str
+) -> None:
+    if form not in ("auto", "merged", "factored"):
+        raise ValueError(f'form must be "auto", "merged" or "factored", got {form!r}')
+    for name, tensor, axes in (("u", u, "[K, I]"), ("v", v, "[O, K]")):
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} must be 2-D {axes}, got shape {list(tensor.shape)}")
+    (rank, inputs), outputs = u.shape, v.shape[0]
+    if v.shape[1] != rank:
+        raise ValueError(f"v must be [O, K] = [{outputs}, {rank}] as u says, got {list(v.shape)}")
+    if weight is not None and tuple(weight.shape) != (outputs, inputs):
+        raise ValueError(
+            f"weight must be [O, I] = [{outputs}, {inputs}] as v and u say, "
+            f"got {list(weight.shape)}"
+        )
+    if x.ndim < 1 or x.shape[-1] != inputs:
+        raise ValueError(f"x must be [..., I] = [..., {inputs}], got shape {list(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias must be [O] = [{outputs}], got {list(bias.shape)}")
+    check_tensors(x, weight=weight, u=u, v=v, bias=bias)

@@ -1,0 +1,72 @@
+"""Linear layer with a low-rank part, ``y = x (W + V U)^T + b``: the specification.
+
+Once ``W' = W + V U`` is formed, at ``2 O I K`` FLOPs and none by token, the layer is a plain one::
+
+    y = x W'^T + b        dx = dy W'        dW = dy^T x        dV = dW U^T        dU = V^T dW
+
+The gradients of the factors need no token either, where dW is there; where W is frozen, they are
+``dV = dy^T (x U^T)`` and ``dU = (dy V)^T x``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_kernels._core.checks import no_autocast
+from partial_kernels._core.ops import Op
+
+__all__ = ["MERGE", "factor_gradients", "merge"]
+
+# T tokens, O outputs, I inputs, K rank
+
+
+def merge(weight_OI: Tensor, u_KI: Tensor, v_OK: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W + V U``, formed in the parameters' dtype and rounded once to ``dtype``."""
+    with no_autocast(weight_OI):
+        return torch.addmm(weight_OI, v_OK, u_KI).to(dtype)
+
+
+def _merge_fake(weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _merge_flops(weight_shape: Any, u_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * weight_shape[0] * weight_shape[1] * u_shape[0]
+
+
+MERGE = Op(
+    "lfc_merge(Tensor weight, Tensor u, Tensor v, ScalarType dtype, str impl) -> Tensor",
+    fake=_merge_fake,
+    flops=_merge_flops,
+)
+MERGE.backend("reference")(merge)
+
+
+def factor_gradients(
+    dy_TO: Tensor,
+    x_TI: Tensor,
+    u_KI: Tensor,
+    v_OK: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dW, dU and dV, those of them that are needed, in the fewest FLOPs; in the factors' dtype."""
+    needs_dweight, needs_du, needs_dv = needs
+    (tokens, outputs), (rank, inputs) = dy_TO.shape, u_KI.shape
+    # In units of 2 FLOPs.
+    product = outputs * inputs * rank * (needs_du + needs_dv)
+    through_dweight = product if needs_dweight else product + tokens * outputs * inputs
+    through_tokens = tokens * rank * (inputs + outputs) * (needs_du + needs_dv)
+    dweight = du = dv = None
+    if needs_dweight or through_dweight <= through_tokens:
+        dweight = (dy_TO.mT @ x_TI).to(u_KI.dtype)
+    if dweight is not None and through_dweight <= through_tokens:
+        du = v_OK.mT @ dweight if needs_du else None
+        dv = dweight @ u_KI.mT if needs_dv else None
+    else:
+        u, v = u_KI.to(x_TI.dtype), v_OK.to(x_TI.dtype)
+        du = ((dy_TO @ v).mT @ x_TI).to(u_KI.dtype) if needs_du else None
+        dv = (dy_TO.mT @ (x_TI @ u.mT)).to(v_OK.dtype) if needs_dv else None
+    return dweight if needs_dweight else None, du, dv
