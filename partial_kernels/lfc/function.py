@@ -179,6 +179,8 @@ def lfc_linear(
         return F.linear(x, weight, bias) + F.linear(F.linear(x, u), v)
     if merged is None:
         merged = _merge(weight, u, v, dtype, impl, cache, key)
+    if x.ndim == 2 and x.dtype == dtype:
+        return _merged(x, weight, u, v, bias, merged)
     outputs, inputs = weight.shape
     x_TI = x.to(dtype).reshape(tokens, inputs)
     return _merged(x_TI, weight, u, v, bias, merged).reshape(*x.shape[:-1], outputs)

@@ -1,4 +1,4 @@
-"""train a network and its core several ways in minutes, compare, extract"""
+"""train a network and its core in several ways and compare, in minutes"""
 
 from __future__ import annotations
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,18 +62,48 @@ def decoded(
     if all(_size(entry) == size_bytes for entry in entries):
         return [np.memmap(entry, np.uint8, mode="r") for entry in entries]
     arrays = list(decode(source))
+    _store(folder, {entry.name: array.data for entry, array in zip(entries, arrays, strict=True)})
+    return arrays
+
+
+def cached(
+    name: str,
+    make: Callable[[], Mapping[str, NDArray[Any]]],
+    *,
+    cache: str | os.PathLike[str] | None,
+) -> dict[str, NDArray[Any]]:
+    """What ``make()`` returns, through the file `name` in the folder `cache` (None:
+    :func:`default_cache`).
+
+    The name must say all that the arrays depend on. A damaged file is made anew; where the folder
+    cannot be written, there is a warning and no file.
+    """
+    folder = Path(cache).expanduser() if cache is not None else default_cache()
+    try:
+        # Reading verifies a checksum of each array.
+        with np.load(folder / name, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        made = dict(make())
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **made)
+    _store(folder, {name: content.getbuffer()})
+    return made
+
+
+def _store(folder: Path, entries: Mapping[str, memoryview]) -> None:
+    """Write cache entries, or warn."""
     try:
         make_folder(folder)
-        for entry, array in zip(entries, arrays, strict=True):
-            with atomic_write(entry) as file:
-                file.write(array.data)
+        for name, content in entries.items():
+            with atomic_write(folder / name) as file:
+                file.write(content)
     except OSError as error:
         warnings.warn(
             f"cannot write the cache folder {folder} ({error.strerror}): "
             "the data will be decoded again next time",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return arrays
 
 
 def _size(path: Path) -> int | None:

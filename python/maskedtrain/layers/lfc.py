@@ -58,13 +58,27 @@ class LFCLinear(MaskedModule, nn.Linear):
         self.u = nn.Parameter(self.weight.new_empty(rank, in_features))
         self.v = nn.Parameter(self.weight.new_empty(out_features, rank))
         self._cache = MergeCache()
-        _INITS["variance_split"](self)
+        self.split_variance()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         # nn.Linear's own __init__ comes here before there are factors.
         if "u" in self._parameters:
-            _INITS["variance_split"](self)
+            self.split_variance()
+
+    @torch.no_grad()
+    def split_variance(self) -> None:
+        """Give half of the weight's variance s^2 to W, by a factor, and half to V U, drawn anew.
+
+        Elements of V U are sums of K products, of variance K var(U) var(V). With var(U) = 1 / I the
+        core's inner values have the variance of x; var(V) = I s^2 / (2 K) then leaves s^2 / 2.
+        """
+        if self.weight.is_meta:
+            return
+        variance = self.weight.double().square().mean().item()
+        self.weight.mul_(math.sqrt(0.5))
+        self.u.normal_(0, self.in_features**-0.5)
+        self.v.normal_(0, math.sqrt(self.in_features * variance / (2 * self.rank)))
 
     def extra_repr(self) -> str:
         form = "" if self.form == "auto" else f", form={self.form!r}"
@@ -183,21 +197,6 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None, like: nn.Module) ->
 
 
 @torch.no_grad()
-def _variance_split(layer: LFCLinear) -> None:
-    """Half of the weight's variance s^2 to W, half to V U.
-
-    Elements of V U are sums of K products, of variance K var(U) var(V). With var(U) = 1 / I the
-    core's inner values have the variance of x; var(V) = I s^2 / (2 K) then leaves s^2 / 2.
-    """
-    if layer.weight.is_meta:
-        return
-    variance = layer.weight.double().square().mean().item()
-    layer.weight.mul_(math.sqrt(0.5))
-    layer.u.normal_(0, layer.in_features**-0.5)
-    layer.v.normal_(0, math.sqrt(layer.in_features * variance / (2 * layer.rank)))
-
-
-@torch.no_grad()
 def _svd(layer: LFCLinear) -> None:
     # Half precision has no SVD.
     weight = layer.weight.float() if layer.weight.itemsize < 4 else layer.weight
@@ -214,4 +213,4 @@ def _zeros(layer: LFCLinear) -> None:
     layer.v.zero_()
 
 
-_INITS = {"variance_split": _variance_split, "svd": _svd, "zeros": _zeros}
+_INITS = {"variance_split": LFCLinear.split_variance, "svd": _svd, "zeros": _zeros}
