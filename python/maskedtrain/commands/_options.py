@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -25,20 +25,26 @@ class Checkpoint:
     """Checkpoint to take; the newest where not given."""
     average: int = 1
     """Take the mean of the weights of so many checkpoints: this one and those before it."""
-    best: bool = False
-    """Take the network's best weights on the validation data, of a run with --select best."""
+    weights: Literal["selected", "last", "best"] = "selected"
+    """The last ones, the best ones on the validation data, which runs with --select best keep, or
+    those that the run selected for its results."""
 
     def __post_init__(self) -> None:
-        if self.best and (self.step is not None or self.average != 1):
-            raise ValueError("--best is a choice of weights, without --step or --average")
+        if self.weights == "best" and (self.step is not None or self.average != 1):
+            raise ValueError("--weights best is one checkpoint: no --step or --average")
 
 
 def load_checkpoint(run: Run, subnet: SubNetwork, options: Checkpoint) -> int:
     """Load the weights into the run's model; the number of steps that trained the sub-network."""
-    if options.best:
-        best = run.best(subnet.name).load()
-        run.model.load_state_dict(best.weights)
-        return best.state["passes"]
+    named = options.step is not None or options.average != 1
+    selected = not named and options.weights == "selected" and run.config.run.select == "best"
+    if options.weights == "best" or selected:
+        best = run.best(subnet.name)
+        if not best.steps():
+            raise ValueError(f"{run.folder} kept no best weights of {subnet.name}: --select best")
+        checkpoint = best.load()
+        run.model.load_state_dict(checkpoint.weights)
+        return checkpoint.state["passes"]
     checkpoint = run.load_weights(options.step, average=options.average)
     return checkpoint.state["trainer"]["passes"][subnet.name]
 

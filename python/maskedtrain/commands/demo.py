@@ -100,7 +100,8 @@ def _train_all(
             raise Interrupted(stop.signum, "demo stopped; the next one starts over") from None
         # Small networks first, as in the rows of the networks trained alone.
         rows += [
-            replace(row, method=label) for row in sorted(found, key=lambda row: row.params or 0)
+            replace(row, method=label)
+            for row in sorted(found.results, key=lambda row: row.params or 0)
         ]
     return rows
 

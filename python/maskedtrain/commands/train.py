@@ -55,9 +55,11 @@ def main(arguments: Sequence[str], console: Console) -> None:
     config = parse(TrainConfig, rest, command="train", default=default, about=_about())
     if resumed is not None:
         _check_unchanged(default, config)
-    rows = train(config, console, resume=resumed is not None)
+    found = train(config, console, resume=resumed is not None)
     console.print()
-    console.results_table(rows)
+    console.results_table(found.results)
+    for remark in found.remarks:
+        console.print(remark)
     console.print(f"\nwritten to {config.run.out}")
 
 

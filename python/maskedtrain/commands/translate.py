@@ -49,9 +49,8 @@ def main(arguments: Sequence[str], console: Console) -> None:
     if options.nbest > beam:
         raise ValueError(f"nbest must be <= beam = {beam}, got {options.nbest}")
     load_checkpoint(run, subnet, options)
-    lines = _read_lines()
     done = 0
-    while buffer := list(islice(lines, options.buffer)):
+    for buffer in _buffers(options.buffer):
         found = run.task.translate(run.model, subnet, buffer, beam=beam, nbest=options.nbest)
         for number, best in enumerate(found, start=done + 1):
             for translated in best:
@@ -61,14 +60,19 @@ def main(arguments: Sequence[str], console: Console) -> None:
         done += len(buffer)
 
 
-def _read_lines() -> Iterator[str]:
-    """Lines of standard input, UTF-8 whatever the locale; only a line feed ends one."""
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        yield _decoded(line, number)
-
-
-def _decoded(line: bytes, number: int) -> str:
-    try:
-        return line.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input, line {number}: not UTF-8 ({error.reason})") from None
+def _buffers(size: int) -> Iterator[list[str]]:
+    """Lines of standard input, UTF-8 whatever the locale, so many at a time; only a line feed ends
+    one. An error comes after the lines before it.
+    """
+    read = 0
+    while lines := list(islice(sys.stdin.buffer, size)):
+        decoded: list[str] = []
+        for number, line in enumerate(lines, start=read + 1):
+            try:
+                decoded.append(line.decode().rstrip("\r\n"))
+            except UnicodeDecodeError as error:  # noqa: PERF203
+                yield decoded
+                message = f"standard input, line {number}: not UTF-8 ({error.reason})"
+                raise ValueError(message) from None
+        yield decoded
+        read += len(lines)

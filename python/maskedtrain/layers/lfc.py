@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from maskedtrain.layers.base import Copier, MaskedModule, row_mask
+from maskedtrain.layers.base import Copier, row_mask
+from maskedtrain.layers.linear import MaskedLinear
 from partial_kernels import Full, Index, Mask, MergeCache, Prefix, lfc_linear
 
 __all__ = ["LFCInit", "LFCLinear"]
@@ -17,15 +18,18 @@ __all__ = ["LFCInit", "LFCLinear"]
 LFCInit = Literal["variance_split", "svd", "zeros"]
 
 
-class LFCLinear(MaskedModule, nn.Linear):
+class LFCLinear(MaskedLinear):
     """Low-rank factor core: ``y = x (W + V U)^T + b``, with W [O, I], U [K, I] and V [O, K].
 
     A sub-network that has the weight outside (mask None) is the core, ``y = (x U^T) V^T + b``, at
     the cost of two thin layers; the bias belongs to it. Without an active sub-network, and in one
     that has all of it, a training step costs 1 + K / T of ``nn.Linear``'s for T tokens (see
-    ``partial_kernels.lfc_linear``); ``W + V U`` is kept while the parameters do not change. A
-    sub-network's masks may also keep rows and columns of the weight, which U and V follow, and the
-    first of the K factors: ``{"u": Prefix(k), "v": Prefix(None, k)}``.
+    ``partial_kernels.lfc_linear``). With U or V outside it is a ``MaskedLinear``. A sub-network's
+    masks may also keep rows and columns of the weight, which U and V follow, and the first of the K
+    factors: ``{"u": Prefix(k), "v": Prefix(None, k)}``.
+
+    ``W + V U`` is kept while the parameters do not change, in ``cache``: what writes through
+    ``parameter.data`` goes unnoticed and must call ``cache.clear()``.
 
     Args:
         in_features: I.
@@ -57,7 +61,7 @@ class LFCLinear(MaskedModule, nn.Linear):
         self.form: Literal["auto", "merged", "factored"] = form
         self.u = nn.Parameter(self.weight.new_empty(rank, in_features))
         self.v = nn.Parameter(self.weight.new_empty(out_features, rank))
-        self._cache = MergeCache()
+        self.cache = MergeCache()
         self.split_variance()
 
     def reset_parameters(self) -> None:
@@ -84,14 +88,17 @@ class LFCLinear(MaskedModule, nn.Linear):
         form = "" if self.form == "auto" else f", form={self.form!r}"
         return f"{super().extra_repr()}, rank={self.rank}{form}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LFCLinear:
+        # It would stay on the device that the layer leaves.
+        self.cache.clear()
+        return super()._apply(fn, recurse)
+
     def forward(self, input: Tensor) -> Tensor:
         weight, u, v, bias = (self.part(name) for name in ("weight", "u", "v", "bias"))
         if u is None or v is None:
-            if weight is None:
-                raise ValueError("an LFCLinear needs its weight or both of its factors")
-            return nn.functional.linear(input, weight, bias)
+            return super().forward(input)
         whole = weight is self.weight and u is self.u and v is self.v
-        cache = self._cache if whole else None
+        cache = self.cache if whole else None
         return lfc_linear(input, weight, u, v, bias, form=self.form, cache=cache)
 
     def implied_masks(self, masks: Mapping[str, Mask | None]) -> dict[str, Mask | None]:
@@ -101,24 +108,25 @@ class LFCLinear(MaskedModule, nn.Linear):
             implied = {"u": Prefix(None, weight.cols), "v": Prefix(weight.rows)}
         elif isinstance(weight, Index):
             implied = {"u": Index(None, weight.cols), "v": Index(weight.rows)}
-        elif weight is not None and not isinstance(weight, Full):
-            raise ValueError(f"the weight of an LFCLinear takes no {type(weight).__name__} mask")
         if self.bias is not None:
-            rows = masks.get("v", implied.get("v", Full()))
-            implied["bias"] = row_mask(weight if rows is None else rows)
+            u, v = ({**implied, **masks}.get(name, Full()) for name in "uv")
+            implied["bias"] = row_mask(weight if u is None or v is None else v)
         return implied
 
     def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Module:
-        bias = copier.bias(self.bias, masks.get("bias"))
         if masks["u"] is None or masks["v"] is None:
-            return _linear(copier.parameter(self.weight, masks["weight"]), bias, self)
+            return super().plain(masks, subnet, copier)
+        bias = copier.bias(self.bias, masks.get("bias"))
         if masks["weight"] is None:
             u, v = (copier.parameter(getattr(self, name), masks[name]) for name in "uv")
+            _check_fit(None, u, v, bias)
             return nn.Sequential(_linear(u, None, self), _linear(v, bias, self))
         if copier.share:
             raise ValueError("W + V U is no view: share=True needs the core, or W by itself")
         weight, u, v = (copier.tensor(getattr(self, n), masks[n]) for n in ("weight", "u", "v"))
-        return _linear(nn.Parameter(torch.addmm(weight, v, u)), bias, self)
+        _check_fit(weight, u, v, bias)
+        trained = any(getattr(self, name).requires_grad for name in ("weight", "u", "v"))
+        return _linear(nn.Parameter(torch.addmm(weight, v, u), trained), bias, self)
 
     def merge(self) -> nn.Linear:
         """The super layer as ``nn.Linear`` with the weight W + V U, a copy: equal to rounding."""
@@ -157,6 +165,8 @@ class LFCLinear(MaskedModule, nn.Linear):
                 what it was, bitwise.
             form: of the super layer.
         """
+        if isinstance(linear, LFCLinear):
+            raise TypeError("linear must have no factors yet, got an LFCLinear")
         if init not in _INITS:
             raise ValueError(f"init must be one of {', '.join(_INITS)}, got {init!r}")
         inputs, outputs = linear.in_features, linear.out_features
@@ -187,6 +197,11 @@ def _rank(inputs: int, outputs: int, rank: int | None, ratio: float | None) -> i
     if not 1 <= rank <= min(inputs, outputs):
         raise ValueError(f"rank must be in [1, {min(inputs, outputs)}], got {rank}")
     return rank
+
+
+def _check_fit(weight: Tensor | None, u: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    # As a call would: this one is of no token.
+    lfc_linear(u.new_empty(0, u.shape[1]), weight, u, v, bias)
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None, like: nn.Module) -> nn.Linear:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -124,9 +124,13 @@ class Task(ABC):
     def example(self) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Inputs of the model on the CPU and their dynamic axes, as ``torch.export`` takes them."""
 
-    def remarks(self) -> list[str]:
+    def notes(self) -> Sequence[str]:
+        """What must be said of the data before they are trained on."""
+        return ()
+
+    def remarks(self) -> Sequence[str]:
         """What must be said of the results."""
-        return []
+        return ()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The training loss."""

@@ -65,7 +65,7 @@ class Task(base.Task):
             expected = self.description[f"{side}_vocabulary"]
             if vocabulary.digest != expected:
                 raise ValueError(
-                    f"{self.saved / side}.json is not the vocabulary of the run: its digest must "
+                    f"{self.saved / f'{side}.json'} is not the vocabulary of the run: its digest must "
                     f"be {expected}, got {vocabulary.digest}"
                 )
         source, target = found
@@ -121,7 +121,10 @@ class Task(base.Task):
             ) from error
         return SacreBLEU(tokenize=self.description["bleu_tokenizer"])
 
-    def remarks(self) -> list[str]:
+    def notes(self) -> Sequence[str]:
+        return self.dataset.notes
+
+    def remarks(self) -> Sequence[str]:
         return [f"BLEU: sacreBLEU {self._bleu.get_signature()}, beam {self.options.beam}"]
 
     def translate(
@@ -175,7 +178,7 @@ class Task(base.Task):
 
         def flops(inputs: tuple[Tensor, Tensor]) -> int:
             (sentences, source), target = inputs[0].shape, inputs[1].shape[1]
-            return round(coefficients @ _monomials(sentences, source, target))
+            return round(float(coefficients @ _monomials(sentences, source, target)))
 
         return flops
 

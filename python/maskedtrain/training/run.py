@@ -8,7 +8,8 @@ import shlex
 import shutil
 import signal
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from maskedtrain.training.optimizer import make_optimizer
 from maskedtrain.training.signals import Interrupted, noted_signals
 from maskedtrain.training.throughput import Meter, matmul_flops_per_s
 
-__all__ = ["Run", "read_config", "result_row", "train"]
+__all__ = ["Results", "Run", "read_config", "result_row", "train"]
 
 
 class Run:
@@ -248,6 +249,14 @@ class _Session:
         return rows
 
 
+@dataclass(frozen=True)
+class Results:
+    """The table of a run, a row for each network, and what must be said of it."""
+
+    results: list[ResultRow]
+    remarks: Sequence[str]
+
+
 def result_row(run: Run, subnet: SubNetwork, split: Split, iterations: int) -> ResultRow:
     """A sub-network, with the model's present weights, on the data of a split."""
     found = run.task.evaluate(run.model, subnet, split, final=True)
@@ -272,8 +281,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     label: str | None = None,
-) -> list[ResultRow]:
-    """Train as configured and write everything to ``config.run.out``; returns the table of results.
+) -> Results:
+    """Train as configured and write everything to ``config.run.out``.
 
     Args:
         resume: go on from the newest good checkpoint in the folder.
@@ -313,16 +322,18 @@ def train(
     write_json(folder / "config.json", to_dict(config))
     if run.task.saved is None:
         run.task.save(folder)
+    for note in run.task.notes():
+        console.print(note)
     with MetricsLog(folder, resume_step=session.trainer.step or None) as log:
         _fit(session, log, label or config.method.name)
-    rows = session.results()
-    summary = {"config": to_dict(config), "results": [asdict(row) for row in rows]}
+    results = Results(session.results(), run.task.remarks())
+    summary = {"config": to_dict(config), **asdict(results)}
     write_summary(folder, {**summary, "step": session.trainer.step})
     curves = folder / "metrics.jsonl", folder / "curves.png"
     reason = plot_curves(*curves, score=run.task.score)
     if reason is not None:
         console.print(f"no curves.png: {reason}")
-    return rows
+    return results
 
 
 def _fit(session: _Session, log: MetricsLog, label: str) -> None:

@@ -1,0 +1,66 @@
+"""A Transformer with a low-rank core: ATS against standard training, paired.
+
+ATS trains the core at every other step, so that an epoch should take (1 + c) / 2 of a standard one,
+c being the core's share of FLOPs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.paired import Disturbed, paired
+from maskedtrain import SubNetwork, Trainer, lowrank
+from maskedtrain.methods import ATS, Method, Standard
+from maskedtrain.models import Transformer
+from maskedtrain.optim import MaskedAdamW
+from maskedtrain.training.losses import cross_entropy
+
+# Of the sizes of the multi30k presets: 128 sentences of 16 tokens.
+SENTENCES, LENGTH, VOCAB = 128, 16, 5000
+SIZES: dict[str, Any] = {"d_model": 256, "ffn": 512, "encoder_layers": 3, "decoder_layers": 3}
+# Steps of one round: ATS is back where it was after two.
+STEPS = 2
+MARGIN = 1.1
+
+
+class Steps:
+    """Calling it runs ``STEPS`` training steps on one batch of random tokens."""
+
+    def __init__(self, ratio: float | None) -> None:
+        torch.manual_seed(0)
+        model = Transformer(VOCAB, VOCAB, dropout=0.1, **SIZES)
+        method: Method = Standard(SubNetwork.full(model))
+        if ratio is not None:
+            core = lowrank(model, model.lowrank_targets, ratio)
+            method = ATS([SubNetwork.full(model), core])
+        optimizer = MaskedAdamW(model.parameters(), lr=1e-4)
+        self.trainer = Trainer(model, method, optimizer, cross_entropy)
+        inputs = tuple(torch.randint(4, VOCAB, (SENTENCES, LENGTH)) for _ in range(2))
+        self.batch = inputs, torch.randint(4, VOCAB, (SENTENCES, LENGTH))
+        plans = [method.plan(step) for step in range(STEPS)]
+        subnets = [item.subnet for plan in plans for item in plan.passes]
+        self.flops = sum(subnet.flops(*inputs, training=True) for subnet in subnets)
+
+    def __call__(self) -> None:
+        for _ in range(STEPS):
+            self.trainer.train_step(iter([self.batch]))
+
+
+@pytest.mark.parametrize("ratio", [1 / 32, 1 / 4])
+def test_ats(benchmark, note, ratio):
+    """Two steps of ATS, and their time of two standard ones'."""
+    ats, standard = Steps(ratio), Steps(None)
+    benchmark.group = f"{STEPS} training steps of a Transformer, {SENTENCES} x {LENGTH} tokens"
+    benchmark.pedantic(ats, rounds=3, warmup_rounds=1)
+    share = ats.flops / standard.flops
+    note(ms_per_step=1e3 * benchmark.stats["median"] / STEPS, flops_of_standard=share)
+    note(bar=MARGIN * share)
+    try:
+        found = paired(standard, ats, rounds=9)
+    except Disturbed as disturbed:
+        note(time_of_standard=str(disturbed))
+    else:
+        note(time_of_standard=found.ratio, low=found.low, high=found.high, control=found.control)
