@@ -22,8 +22,8 @@ env: .venv/.installed
 	@test -x $(PY) || { echo "env: creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "env: installing torch and the build tools"
 	@$(PIP) torch numpy ninja pybind11 setuptools wheel
-	@echo "env: installing this package, editable, with its extras data, plot, dev"
-	@$(PIP) --no-build-isolation --editable ".[data,plot,dev]"
+	@echo "env: installing this package, editable, with its extras data, text, plot, dev"
+	@$(PIP) --no-build-isolation --editable ".[data,text,plot,dev]"
 	@$(PY) -c 'from partial_kernels._native import native_status as s; \
 	    print("env: compiled kernels:", s().reason or s().info)'
 	@touch $@

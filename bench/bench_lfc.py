@@ -1,5 +1,6 @@
-"""``LFCLinear`` against plain layers, paired: the super layer against ``nn.Linear``, whose step it
-may exceed by K / T, and the core against two thin ``F.linear``.
+"""``lfc_linear`` against plain layers, paired: the super layer against ``F.linear``, whose step it
+may exceed by K / T, and the core against two thin ones. W' is formed in every step, as in training:
+a layer whose weights do not change would keep it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from partial_kernels._core.checks import check_tensors, compute_dtype, no_autocast
 from partial_kernels._core.ops import plain_call
-from partial_kernels.lfc.reference import MERGE, factor_gradients
+from partial_kernels.lfc.reference import MERGE, factor_costs, factor_gradients
 
 __all__ = ["Form", "MergeCache", "lfc_linear"]
 
@@ -34,7 +34,7 @@ class MergeCache:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Key, Tensor] | None = None
+        self._held: tuple[Key, Tensor, list[Tensor]] | None = None
         self._ended = False
 
     def clear(self) -> None:
@@ -62,8 +62,9 @@ class MergeCache:
 
     def find(self, key: Key) -> Tensor | None:
         """The matrix of this key; None, and nothing held any more, if what is held is another."""
-        if self._held is not None:
-            held, merged = self._held
+        # Read once: another thread may end it.
+        if (entry := self._held) is not None:
+            held, merged, _ = entry
             # Tensors by identity: "==" would compare their elements.
             if all(a is b for a, b in zip(held[:3], key[:3], strict=True)) and held[3:] == key[3:]:
                 return merged
@@ -73,7 +74,8 @@ class MergeCache:
 
     def keep(self, key: Key, merged: Tensor) -> None:
         """Hold the matrix of this key."""
-        self._held = key, merged
+        # With aliases of its tensors: the address of memory that is free again says nothing.
+        self._held = key, merged, [tensor.detach() for tensor in key[:3]]
 
 
 class _Merged(torch.autograd.Function):
@@ -87,9 +89,10 @@ class _Merged(torch.autograd.Function):
         bias: Tensor | None,
         merged: Tensor,
     ) -> Tensor:
-        needs_x = any(ctx.needs_input_grad[1:4])
+        needs_dx, *needs_x = ctx.needs_input_grad[:4]
         # Beside parameters: x, which a plain layer would save, and W', which it would not need to.
-        ctx.save_for_backward(x_TI if needs_x else None, merged, weight, u, v)
+        kept = (merged, weight) if needs_dx else (None, None)
+        ctx.save_for_backward(x_TI if any(needs_x) else None, *kept, u, v)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x_TI, merged, None if bias is None else bias.to(x_TI.dtype))
 
@@ -135,7 +138,8 @@ def lfc_linear(
       forward and backward; dU and dV come from dW. For T tokens and rank K a training step costs
       1 + K / T of a plain layer's. Saved for the backward beside parameters: x and W'.
     - factored: ``y = x W^T + (x U^T) V^T``, for few tokens; saved beside parameters: x and
-      ``x U^T``, [T, K].
+      ``x U^T``, [T, K]. The core saves the same, as two plain layers do: to compute ``x U^T`` again
+      would take a sixth of its step's FLOPs where I = O, to save K / I of x's memory.
 
     In fp32 the forms differ by rounding. In bf16 (autocast) W' is formed in the parameters' dtype
     and rounded once, which costs as much as rounding the outputs does; but an error of W's scale
@@ -151,9 +155,12 @@ def lfc_linear(
         u: U ``[K, I]``.
         v: V ``[O, K]``.
         bias: ``[O]`` or None.
-        form: "auto" takes the one of fewer FLOPs: merged for ``T (I + O) >= O I`` or where the
-            cache holds W'. In ``torch.export``, whose T is no number, merged.
-        cache: keeps W' for the next call with unchanged parameters.
+        form: "auto" takes the one of fewer FLOPs, forward and for the gradients that are needed:
+            where all are, or none, merged for ``T (I + O) >= O I``. In ``torch.export``, whose T is
+            no number, merged.
+        cache: keeps W' for the next call with unchanged parameters. With gradients off "auto" takes
+            W' from it for few tokens, too. With gradients on the form does not depend on earlier
+            calls, so that checkpointed activations are recomputed, and runs resumed, in the same.
         impl: backend of the merging, by name (it runs or raises), or "auto".
 
     Raises:
@@ -170,11 +177,12 @@ def lfc_linear(
         return F.linear(F.linear(x, u), v, bias)
     dtype = compute_dtype(x)
     tokens = math.prod(x.shape[:-1])
+    few = form == "factored" or (form == "auto" and _few(x, weight, u, v, tokens))
     key = merged = None
-    if cache is not None and form != "factored":
+    if cache is not None and form != "factored" and not (few and torch.is_grad_enabled()):
         key = cache.key(weight, u, v, dtype, impl)
         merged = None if key is None else cache.find(key)
-    if merged is None and (form == "factored" or (form == "auto" and _few(tokens, weight))):
+    if merged is None and few:
         plain_call("lfc_linear", impl)
         return F.linear(x, weight, bias) + F.linear(F.linear(x, u), v)
     if merged is None:
@@ -186,11 +194,19 @@ def lfc_linear(
     return _merged(x_TI, weight, u, v, bias, merged).reshape(*x.shape[:-1], outputs)
 
 
-def _few(tokens: int, weight: Tensor) -> bool:
-    """Whether two thin products by token take fewer FLOPs than forming W'."""
-    outputs, inputs = weight.shape
+def _few(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, tokens: int) -> bool:
+    """Whether the factored form takes fewer FLOPs, with the gradients that are needed."""
     # A comparison would make torch.export's number of tokens one of a range.
-    return not torch.compiler.is_exporting() and tokens * (inputs + outputs) < outputs * inputs
+    if torch.compiler.is_exporting():
+        return False
+    (outputs, inputs), rank = weight.shape, u.shape[0]
+    graph = torch.is_grad_enabled()
+    dx, dweight, du, dv = (graph and tensor.requires_grad for tensor in (x, weight, u, v))
+    # Beyond a plain layer's, in units of 2 FLOPs.
+    merged = outputs * inputs * rank
+    merged += min(factor_costs(tokens, outputs, inputs, rank, (dweight, du, dv)))
+    width = inputs * (1 + dx + du) + outputs * (1 + (dx or du) + dv)
+    return tokens * rank * width < merged
 
 
 def _merge(
@@ -234,3 +250,8 @@ def _check(
     if bias is not None and tuple(bias.shape) != (outputs,):
         raise ValueError(f"bias must be [O] = [{outputs}], got {list(bias.shape)}")
     check_tensors(x, weight=weight, u=u, v=v, bias=bias)
+    # Without autocast that is said; with it, W' could be formed in neither.
+    if weight is not None and not weight.dtype == u.dtype == v.dtype:
+        raise ValueError(
+            f"weight, u and v must have one dtype, got {weight.dtype}, {u.dtype} and {v.dtype}"
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 from partial_kernels._core.checks import no_autocast
 from partial_kernels._core.ops import Op
 
-__all__ = ["MERGE", "factor_gradients", "merge"]
+__all__ = ["MERGE", "factor_costs", "factor_gradients", "merge"]
 
 # T tokens, O outputs, I inputs, K rank
 
@@ -45,6 +45,20 @@ MERGE = Op(
 MERGE.backend("reference")(merge)
 
 
+def factor_costs(
+    tokens: int, outputs: int, inputs: int, rank: int, needs: tuple[bool, bool, bool]
+) -> tuple[int, int]:
+    """What dU and dV cost, in units of 2 FLOPs: from dW, and token by token.
+
+    ``needs`` says which of dW, dU and dV are needed; a dW that is not would be formed for them.
+    """
+    needs_dweight, needs_du, needs_dv = needs
+    from_dweight = outputs * inputs * rank * (needs_du + needs_dv)
+    if not needs_dweight:
+        from_dweight += tokens * outputs * inputs
+    return from_dweight, tokens * rank * (inputs + outputs) * (needs_du + needs_dv)
+
+
 def factor_gradients(
     dy_TO: Tensor,
     x_TI: Tensor,
@@ -55,14 +69,11 @@ def factor_gradients(
     """dW, dU and dV, those of them that are needed, in the fewest FLOPs; in the factors' dtype."""
     needs_dweight, needs_du, needs_dv = needs
     (tokens, outputs), (rank, inputs) = dy_TO.shape, u_KI.shape
-    # In units of 2 FLOPs.
-    product = outputs * inputs * rank * (needs_du + needs_dv)
-    through_dweight = product if needs_dweight else product + tokens * outputs * inputs
-    through_tokens = tokens * rank * (inputs + outputs) * (needs_du + needs_dv)
+    from_dweight, by_token = factor_costs(tokens, outputs, inputs, rank, needs)
     dweight = du = dv = None
-    if needs_dweight or through_dweight <= through_tokens:
+    if needs_dweight or from_dweight <= by_token:
         dweight = (dy_TO.mT @ x_TI).to(u_KI.dtype)
-    if dweight is not None and through_dweight <= through_tokens:
+    if dweight is not None and from_dweight <= by_token:
         du = v_OK.mT @ dweight if needs_du else None
         dv = dweight @ u_KI.mT if needs_dv else None
     else:

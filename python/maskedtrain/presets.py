@@ -78,15 +78,15 @@ _EXPERIMENTS: dict[str, tuple[TrainConfig, dict[str, MethodConfig]]] = {
         ),
         _IMAGE_ROWS,
     ),
-    # Small enough for a minute on two CPU cores.
+    # Small enough for a minute on two CPU cores, and hard enough not to be learned in it.
     "numbers-lowrank": (
         TrainConfig(
-            NumbersConfig(max_tokens=2048),
+            NumbersConfig(largest=999_999_999, train_pairs=8000, max_tokens=1024),
             TransformerConfig(
                 d_model=128, ffn=256, encoder_layers=2, decoder_layers=2, dropout=0.0
             ),
             optim=replace(_ADAM, lr=2e-3, warmup_steps=200),
-            run=RunConfig(epochs=8.0),
+            run=RunConfig(epochs=5.0),
         ),
         _text_rows("lowrank", 1 / 32),
     ),

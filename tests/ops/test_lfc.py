@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,21 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import partial_kernels as pk
 from partial_kernels._core.ops import Choice
-from partial_kernels.lfc.cases import BENCH_CASES, CASES, Case, check, flops, plain_lfc
+from partial_kernels.lfc.cases import BENCH_CASES, CASES, Case, check, flops
 from partial_kernels.lfc.reference import MERGE
-
-FORMS = ("merged", "factored")
-SUPER = Case("", (23,), 13, 11, 3)
-CORE = replace(SUPER, core=True)
+from tests.ops.lfc_toolbox import CORE, FORMS, SUPER, saved, tensors
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_results_and_gradients(case: Case):
     check(case)
-
-
-def tensors(made: dict[str, Any]) -> list[Tensor]:
-    return [value for value in made.values() if isinstance(value, Tensor)]
 
 
 @pytest.mark.parametrize("case", [replace(SUPER, form=form) for form in FORMS] + [CORE], ids=str)
@@ -88,36 +82,53 @@ def test_flops_are_counted_and_are_those_of_the_formula(case: Case):
     assert counted(case) == flops(case)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 6, 200])
-@pytest.mark.parametrize("frozen", [(), ("weight",)])
-def test_auto_takes_the_form_of_fewer_flops(tokens: int, frozen: tuple[str, ...]):
-    # I O / (I + O) = 5.96: from 6 tokens on W' is worth forming.
-    case = replace(SUPER, batch=(tokens,))
-    costs = {f: counted(replace(case, form=f), *frozen) for f in ("auto", *FORMS)}
-    assert sum(costs["auto"].values()) == min(sum(costs[form].values()) for form in FORMS)
-    assert costs["auto"] == costs["merged" if tokens >= 6 else "factored"]
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        names
+        for count in range(5)
+        for names in itertools.combinations(("x", "weight", "u", "v"), count)
+    ],
+    ids="-".join,
+)
+def test_auto_takes_the_form_of_fewer_flops(frozen: tuple[str, ...]):
+    taken = set()
+    for tokens in (1, 2, 3, 4, 5, 6, 8, 10, 12, 200):
+        case = replace(SUPER, batch=(tokens,))
+        costs = {f: counted(replace(case, form=f), *frozen) for f in ("auto", *FORMS)}
+        total = {form: sum(cost.values()) for form, cost in costs.items()}
+        assert total["auto"] == min(total.values()), tokens
+        taken |= {form for form in FORMS if costs["auto"] == costs[form]}
+        # I O / (I + O) = 5.96: where all are trained, W' is worth forming from 6 tokens on.
+        assert frozen or costs["auto"] == costs["merged" if tokens >= 6 else "factored"]
+    assert taken == set(FORMS)
+
+
+@pytest.mark.parametrize(("tokens", "form"), [(5, "factored"), (6, "merged")])
+def test_auto_counts_no_gradients_where_none_are_taken(tokens: int, form: str):
+    made = replace(SUPER, batch=(tokens,)).make(requires_grad=True)
+    # With gradients, W' would be worth forming from 3 tokens on.
+    for name in ("u", "v"):
+        made[name].requires_grad_(False)
+    found = []
+    for choice in ("auto", form):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            pk.lfc_linear(**{**made, "form": choice})
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1]
+
+
+def test_factors_of_a_frozen_weight_take_dweight_where_that_is_cheaper():
+    T, O, I, K = 200, 13, 11, 11
+    case = replace(SUPER, batch=(T,), rank=K, form="merged")
+    # dx, dW, and dU and dV from it; by token these would be 4 T K (I + O).
+    assert counted(case, "weight")["backward"] == 4 * T * O * I + 4 * O * I * K
 
 
 def test_a_training_step_costs_a_plain_ones_and_a_share_by_rank_and_token():
     for case in (c for c in BENCH_CASES if not c.core):
         plain = 6 * case.tokens * case.outputs * case.inputs
         assert sum(flops(case).values()) == plain * (1 + case.rank / case.tokens)
-
-
-def saved(made: dict[str, Any], **like: Any) -> list[Tensor]:
-    """What the graph keeps beside the arguments, once each: all, or those with such attributes."""
-    found: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = pk.lfc_linear(**made)
-    del y
-    arguments = {t.untyped_storage().data_ptr() for t in tensors(made)}
-    beside = [tensor for pointer, tensor in found.items() if pointer not in arguments]
-    return [t for t in beside if all(getattr(t, name) == value for name, value in like.items())]
 
 
 def test_what_is_saved():
@@ -127,6 +138,10 @@ def test_what_is_saved():
     ]
     for thin in (replace(case, form="factored"), replace(case, core=True)):
         assert [t.shape for t in saved(thin.make(requires_grad=True))] == [(40, 3)]
+    # W' is for dx alone.
+    made = replace(case, form="merged").make(requires_grad=True)
+    made["x"].requires_grad_(False)
+    assert not saved(made)
     # An activation is dead weight unless somebody will ask for a parameter's gradient.
     made = replace(case, form="merged").make()
     x = made["x"].requires_grad_()
@@ -136,27 +151,21 @@ def test_what_is_saved():
     assert kept and x.data_ptr() not in kept
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_low_rank_part_in_bf16(form: str):
-    """The docstring's figures: an error of 16 % merged where V U is 1 % of W."""
+@pytest.mark.parametrize(("form", "low", "high"), [("merged", 0.14, 0.19), ("factored", 0, 0.03)])
+def test_the_low_rank_part_in_bf16(form: str, low: float, high: float):
+    """The docstring's figure: an error of 16 % merged where V U is 1 % of W."""
     torch.manual_seed(0)
-    x = torch.randn(512, 1024)
-    weight = torch.randn(256, 1024) / 32
-    u = torch.randn(8, 1024) / 32
-    v = 0.01 * torch.randn(256, 8) / 8**0.5
+    x = torch.randn(16384, 64).bfloat16().float()
+    # In bf16 already, so that V U alone is what W' can lose.
+    weight = (torch.randn(48, 64) / 8).bfloat16().float()
+    u, v = torch.randn(8, 64) / 8, 0.01 * torch.randn(48, 8) / 8**0.5
     with torch.autocast("cpu", torch.bfloat16):
         y = pk.lfc_linear(x, weight, u, v, form=form)
-        base = pk.lfc_linear(x, weight.bfloat16().float(), u, torch.zeros_like(v), form=form)
-    low_rank = x.double() @ (v.double() @ u.double()).T
-    merged = (weight + v @ u).bfloat16().double() - weight.double()
-    part_of_merged = merged @ x.double().T
-    error = (part_of_merged.T - low_rank).norm() / low_rank.norm()
-    assert 0.1 < error < 0.25
-    assert y.dtype == base.dtype == torch.bfloat16
-    if form == "factored":
-        # What is added to x W^T is the low-rank part to bf16's precision.
-        h = (x.bfloat16() @ u.bfloat16().T) @ v.bfloat16().T
-        assert (h.double() - low_rank).norm() / low_rank.norm() < 0.01
+    assert y.dtype == torch.bfloat16
+    # The matrix that was applied: rounding of y, new at each of many tokens, averages out.
+    applied = torch.linalg.lstsq(x.double(), y.double()).solution.T - weight.double()
+    low_rank = v.double() @ u.double()
+    assert low <= (applied - low_rank).norm() / low_rank.norm() < high
 
 
 def test_autocast_rounds_once():
@@ -172,25 +181,6 @@ def test_autocast_rounds_once():
     with torch.autocast("cpu", torch.bfloat16):
         inside = torch.autograd.grad(y, tensors(made), torch.ones_like(y))
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
-
-
-class Merges:
-    """Counts how often W' is formed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        (backend,) = MERGE.backends
-        monkeypatch.setattr(MERGE, "backends", [replace(backend, run=self.run)])
-        self._run = backend.run
-
-    def run(self, *args: Any) -> Tensor:
-        self.count += 1
-        return self._run(*args)
-
-
-@pytest.fixture
-def merges(monkeypatch: pytest.MonkeyPatch) -> Merges:
-    return Merges(monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -225,13 +215,6 @@ class TestCompilers:
                 ours = self.results(compiled, made)
             for a, b in zip(ours, self.results(pk.lfc_linear, made), strict=True):
                 torch.testing.assert_close(a, b)
-
-    def test_compiled_auto_changes_its_form(self, merges: Merges):
-        compiled = torch.compile(pk.lfc_linear, backend="aot_eager", fullgraph=True, dynamic=True)
-        for tokens, count in ((23, 1), (3, 1), (29, 2), (4, 2)):
-            made = replace(SUPER, batch=(tokens,)).make(requires_grad=True)
-            self.results(compiled, made)
-            assert merges.count == count
 
     @pytest.mark.parametrize("case", [SUPER, CORE], ids=["super", "core"])
     def test_exports_with_any_number_of_tokens(self, case: Case):
@@ -272,12 +255,19 @@ class TestErrors:
             ({"x": torch.zeros(2, 12)}, r"x must be \[..., I\] = \[..., 11\], got shape \[2, 12\]"),
             ({"bias": torch.zeros(11)}, r"bias must be \[O\] = \[13\], got \[11\]"),
             ({"u": torch.zeros(3, 11).double()}, "u must have x's dtype torch.float32, got"),
+            ({"x": torch.zeros(2, 11).half()}, "weight must have x's dtype torch.float16, got"),
             ({"form": "fast"}, 'form must be "auto", "merged" or "factored", got \'fast\''),
         ],
     )
     def test_arguments_that_do_not_fit(self, changes: dict[str, Any], message: str):
         with pytest.raises(ValueError, match=message):
             pk.lfc_linear(**{**SUPER.make(), **changes})
+
+    def test_matrices_of_two_dtypes_under_autocast(self):
+        made = {**SUPER.make(), "u": torch.zeros(3, 11, dtype=torch.bfloat16)}
+        message = "weight, u and v must have one dtype, got torch.float32, torch.bfloat16 and"
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+            pk.lfc_linear(**made)
 
     def test_an_explicit_backend_runs_or_raises(self):
         made = replace(SUPER, form="merged").make()
@@ -291,103 +281,3 @@ class TestErrors:
         assert pk.explain("lfc_linear", **SUPER.make()).backend == "reference"
         core = pk.explain("lfc_linear", **CORE.make())
         assert isinstance(core, Choice) and core.backend == "torch"
-
-
-class TestCache:
-    def test_reused_until_something_changes(self, merges: Merges):
-        cache = pk.MergeCache()
-        made = SUPER.make(requires_grad=True)
-
-        def same() -> None:
-            y = pk.lfc_linear(**made, cache=cache)
-            torch.testing.assert_close(y, plain_lfc(**made))
-            y.sum().backward()
-
-        for _ in range(3):
-            same()
-        assert merges.count == 1
-        for count, name in enumerate(("weight", "u", "v"), start=2):
-            with torch.no_grad():
-                made[name].add_(1)
-            same()
-            same()
-            assert merges.count == count
-        # Another tensor that holds the same is another.
-        made["u"] = made["u"].detach().clone().requires_grad_()
-        same()
-        assert merges.count == 5
-
-    def test_small_batches_use_what_there_is(self, merges: Merges):
-        cache = pk.MergeCache()
-        made = SUPER.make()
-        few = made["x"][:2]
-        pk.lfc_linear(**{**made, "x": few}, cache=cache)
-        assert merges.count == 0
-        pk.lfc_linear(**made, cache=cache)
-        with FlopCounterMode(display=False) as counter:
-            pk.lfc_linear(**{**made, "x": few}, cache=cache)
-        assert merges.count == 1 and counter.get_total_flops() == 2 * 2 * 13 * 11
-
-    def test_dtypes_have_their_own(self, merges: Merges):
-        cache = pk.MergeCache()
-        made = SUPER.make()
-        for _ in range(2):
-            pk.lfc_linear(**made, cache=cache)
-            with torch.autocast("cpu", torch.bfloat16):
-                assert pk.lfc_linear(**made, cache=cache).dtype == torch.bfloat16
-        assert merges.count == 4
-
-    def test_what_inference_mode_made_can_be_trained_with(self, merges: Merges):
-        cache = pk.MergeCache()
-        made = SUPER.make(requires_grad=True)
-        with torch.inference_mode():
-            expected = pk.lfc_linear(**made, cache=cache).clone()
-        y = pk.lfc_linear(**made, cache=cache)
-        y.sum().backward()
-        assert torch.equal(y, expected) and merges.count == 1
-        with torch.inference_mode():
-            made = SUPER.make()
-            for _ in range(2):
-                pk.lfc_linear(**made, cache=cache)
-        assert merges.count == 3
-
-    def test_one_matrix_at_most_is_held(self, monkeypatch: pytest.MonkeyPatch):
-        cache = pk.MergeCache()
-        made = SUPER.make()
-        held: list[bool] = []
-        (backend,) = MERGE.backends
-
-        def run(*args: Any) -> Tensor:
-            held.append(cache._held is not None)
-            return backend.run(*args)
-
-        monkeypatch.setattr(MERGE, "backends", [replace(backend, run=run)])
-        pk.lfc_linear(**made, cache=cache)
-        made["weight"].add_(1)
-        pk.lfc_linear(**made, cache=cache)
-        assert held == [False, False] and cache._held is not None
-        cache.clear()
-        assert cache._held is None
-
-    def test_a_changed_parameter_is_noticed_before_the_backward(self):
-        made = SUPER.make(requires_grad=True)
-        y = pk.lfc_linear(**made, cache=pk.MergeCache())
-        with torch.no_grad():
-            made["u"].mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-    def test_compiled_calls_go_past_it(self):
-        torch._dynamo.reset()
-        cache = pk.MergeCache()
-        made = SUPER.make()
-
-        def step(x: Tensor) -> Tensor:
-            return pk.lfc_linear(**{**made, "x": x}, cache=cache)
-
-        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-        compiled(made["x"])
-        made["weight"].add_(1)
-        torch.testing.assert_close(compiled(made["x"]), plain_lfc(**made))
-        assert cache._held is None

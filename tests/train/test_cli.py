@@ -254,7 +254,7 @@ def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "eval", "extract", "train"])
+@pytest.mark.parametrize("command", ["demo", "doctor", "eval", "extract", "train", "translate"])
 def test_every_command_has_help(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,13 +27,16 @@ from maskedtrain.config import (
 from maskedtrain.data import configs as data_sets
 from maskedtrain.data.cifar10 import Config as CIFAR10Config
 from maskedtrain.data.digits import Config as DigitsConfig
+from maskedtrain.data.translation import TranslationConfig
 from maskedtrain.discovery import find_configs
 from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
 from maskedtrain.methods.slimmable import Config as SlimmableConfig
 from maskedtrain.methods.standard import Config as StandardConfig
+from maskedtrain.models import configs as models
 from maskedtrain.models import resnet18
 from maskedtrain.models.resnet import Config as ResNetConfig
+from maskedtrain.models.transformer import Config as TransformerConfig
 from maskedtrain.presets import PRESETS, preset
 
 EVERYTHING = TrainConfig(
@@ -103,7 +106,7 @@ def setting(path: str, value: Any) -> Change:
             "atss",
             r"unknown config\.method 'atss'; did you mean ats\? \(known: ats, ",
         ),
-        ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: resnet\)"),
+        ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: resnet, transformer\)"),
         ("method", {"ratios": [0.5]}, r"config\.method must be a table with a name, got {'ratios'"),
         ("model", "resnet", r"config\.model must be a table with a name, got 'resnet'"),
         ("data", 3, r"config\.data must be a table with a name, got 3"),
@@ -189,13 +192,54 @@ def test_configurations_do_not_change() -> None:
 # Presets
 
 
-def test_presets_are_the_rows_of_two_experiments() -> None:
-    rows = {"core", "full", "ats", "slimmable"}
-    expected = {f"{name}-{row}" for name in ("digits-resnet8", "cifar10-resnet18") for row in rows}
+IMAGES = ("digits-resnet8", "cifar10-resnet18")
+TEXT = ("numbers-lowrank", "multi30k-lowrank", "iwslt14-lowrank", "iwslt14-width", "wmt17-lowrank")
+
+
+def test_presets_are_the_rows_of_the_experiments() -> None:
+    expected = {f"{name}-{row}" for name in IMAGES for row in ("core", "full", "ats", "slimmable")}
+    expected |= {name + row for name in TEXT for row in ("", "-core", "-full")}
     assert set(PRESETS) == expected
     for name, config in PRESETS.items():
         assert preset(name) is config
         assert config.run.out == Path("runs", name)
+        assert config.model.task == config.data.task
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_rows_of_a_translation_differ_by_method_alone(name: str) -> None:
+    rows = {row: preset(name + row) for row in ("", "-core", "-full")}
+    for config in rows.values():
+        same = dataclasses.replace(config, method=rows[""].method, run=rows[""].run)
+        assert same == rows[""]
+        assert dataclasses.replace(config.run, out=Path()) == dataclasses.replace(
+            rows[""].run, out=Path()
+        )
+    ats, core = rows[""].method, rows["-core"].method
+    assert isinstance(ats, ATSConfig) and isinstance(core, StandardConfig)
+    # The ratio of one is that of the other.
+    assert (ats.core, ats.ratios) == (core.core, (core.ratio,)) == (name.split("-")[1], ats.ratios)
+    assert rows["-full"].method == StandardConfig("full")
+
+
+def test_the_papers_recipes_of_translation() -> None:
+    iwslt, wmt = preset("iwslt14-lowrank"), preset("wmt17-lowrank")
+    assert iwslt.model == TransformerConfig(
+        d_model=512, ffn=1024, heads=4, encoder_layers=6, decoder_layers=6, norm="post", dropout=0.3
+    )
+    assert wmt.model == dataclasses.replace(
+        iwslt.model, ffn=2048, heads=8, dropout=0.1, tie_output=False
+    )
+    o = iwslt.optim
+    assert (o.optimizer, o.lr, o.betas, o.eps) == ("adamw", 5e-4, (0.9, 0.98), 1e-9)
+    assert (o.schedule, o.warmup_steps, o.warmup_init_lr) == ("inverse_sqrt", 4000, 0.0)
+    assert (o.weight_decay, o.label_smoothing) == (1e-4, 0.1)
+    assert wmt.optim == dataclasses.replace(o, lr=7e-4, warmup_init_lr=1e-7, weight_decay=0.0)
+    assert (iwslt.run.epochs, wmt.run.epochs) == (30, 22)
+    for config, max_tokens, vocab in ((iwslt, 12_000, 10_000), (wmt, 18_000, 40_000)):
+        assert isinstance(config.data, TranslationConfig)
+        assert (config.data.max_tokens, config.data.vocab_size) == (max_tokens, vocab)
+        assert (config.data.beam, config.data.length_penalty) == (5, 1.0)
 
 
 @pytest.mark.parametrize("name", ["digits-resnet8", "cifar10-resnet18"])
@@ -277,5 +321,5 @@ class OneIsNot:
 def test_every_field_is_documented() -> None:
     assert undocumented(OneIsNot) == ["depth"]
     sections = (*data_sets().values(), OptimConfig, RunConfig)
-    for config in (*sections, ATSConfig, SlimmableConfig, StandardConfig, ResNetConfig):
+    for config in (*sections, ATSConfig, SlimmableConfig, StandardConfig, *models().values()):
         assert undocumented(config) == []

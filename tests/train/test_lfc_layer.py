@@ -104,9 +104,25 @@ def test_only_the_factors_are_used_without_a_weight_and_only_the_weight_without_
     hidden = torch.relu(nn.functional.linear(x, first.weight, first.bias))
     assert torch.equal(y, nn.functional.linear(hidden, second.weight, second.bias))
     assert torch.equal(plain.extract()(x), y)
-    nothing = SubNetwork(model, {"0.weight": None, "0.u": None}, name="nothing")
-    with nothing.activate(), pytest.raises(ValueError, match="its weight or both of its factors"):
-        model(x)
+
+
+def test_what_is_outside_counts_as_zero():
+    model = network()
+    x = noise(50, 12)
+    # With a factor outside V U is zero; the bias follows the weight then, or stays if it is named.
+    nothing = SubNetwork(model, {"0.weight": None, "0.u": None, "0.v": pk.Prefix(3)}, name="none")
+    assert nothing.masks["0.bias"] is None
+    biased = SubNetwork(model, {"0.weight": None, "0.v": None, "0.bias": pk.Full()}, name="biased")
+    for subnet, hidden in ((nothing, torch.zeros(50, 16)), (biased, model[0].bias.expand(50, 16))):
+        with subnet.activate():
+            y = model(x)
+        torch.testing.assert_close(y, model[2](hidden.relu()))
+        torch.testing.assert_close(subnet.extract()(x), y)
+    part = SubNetwork(model[0], {"u": None, "weight": pk.Prefix(5)}, name="part")
+    with part.activate():
+        y = model[0](x)
+    torch.testing.assert_close(y, x @ model[0].weight[:5].T + model[0].bias[:5])
+    assert torch.equal(part.extract()(x), y)
 
 
 def test_smaller_ranks_are_nested():
@@ -145,10 +161,63 @@ def test_rows_and_columns_take_the_factors_along(mask: pk.Mask):
     torch.testing.assert_close(subnet.extract()(x), y)
 
 
-def test_masks_that_make_no_sense_are_refused():
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pk.Packed([1, 2, 40]),
+        pk.Element(torch.arange(48).view(8, 6) % 3 == 0),
+        pk.Block(torch.tensor([[True, False], [False, True]]), 4),
+    ],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_single_elements_and_blocks_of_the_weight(mask: pk.Mask):
+    torch.manual_seed(0)
+    layer = LFCLinear(6, 8, rank=2).double()
+    subnet = SubNetwork(layer, {"weight": mask}, name="sparse")
+    x = noise(9, 6).double()
+    inside = mask.dense((8, 6))
+    with subnet.activate():
+        y = layer(x)
+    merged = layer.weight * inside + layer.v @ layer.u
+    torch.testing.assert_close(y, x @ merged.T + layer.bias)
+    torch.testing.assert_close(subnet.extract()(x), y)
+    y.square().sum().backward()
+    assert layer.weight.grad is not None and layer.v.grad is not None
+    assert torch.equal(layer.weight.grad != 0, inside) and layer.v.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (
+            {"weight": None, "u": pk.Prefix(1)},
+            r"v must be \[O, K\] = \[8, 1\] as u says, got \[8, 2",
+        ),
+        ({"u": pk.Prefix(1)}, r"v must be \[O, K\] = \[8, 1\] as u says, got \[8, 2\]"),
+        ({"v": pk.Prefix(3)}, r"weight must be \[O, I\] = \[3, 6\] as v and u say, got \[8, 6\]"),
+        ({"weight": pk.Prefix(4), "bias": pk.Full()}, r"bias must be \[O\] = \[4\], got \[8\]"),
+        ({"weight": None, "bias": pk.Prefix(1)}, r"bias must be \[O\] = \[8\], got \[1\]"),
+    ],
+    ids=str,
+)
+def test_masks_that_do_not_fit_together(masks: dict[str, pk.Mask | None], message: str):
     layer = LFCLinear(6, 8, rank=2)
-    with pytest.raises(ValueError, match="the weight of an LFCLinear takes no Packed mask"):
-        SubNetwork(layer, {"weight": pk.Packed([1, 2])}, name="x")
+    subnet = SubNetwork(layer, masks, name="x")
+    with subnet.activate(), pytest.raises(ValueError, match=message):
+        layer(noise(9, 6))
+    with pytest.raises(ValueError, match=message):
+        subnet.extract()
+
+
+def test_a_union_can_be_updated():
+    model = network()
+    rows = SubNetwork(model, {"0.weight": pk.Prefix(8), "2.weight": pk.Prefix(None, 8)}, name="a")
+    cols = SubNetwork(model, {"0.weight": pk.Prefix(None, 6)}, name="b")
+    both = SubNetwork.union(rows, cols)
+    assert rows.issubset(both) and cols.issubset(both)
+    # Of 16 x 12, what is in the last 8 rows and the last 6 columns is in neither.
+    mask = both.mask_of(model[0].weight)
+    assert mask is not None and mask.numel((16, 12)) == 16 * 12 - 8 * 6
 
 
 def test_what_it_becomes():
@@ -162,6 +231,10 @@ def test_what_it_becomes():
     assert torch.equal(merged(x), layer(x))
     with core_of(model).activate():
         assert torch.equal(core(x), layer(x))
+    layer.weight.requires_grad_(False)
+    assert layer.merge().weight.requires_grad
+    layer.requires_grad_(False)
+    assert not any(p.requires_grad for m in (layer.merge(), layer.core()) for p in m.parameters())
     merged.weight.data.zero_()
     core[0].weight.data.zero_()
     assert layer.u.abs().min() > 0 and layer.weight.abs().max() > 0
@@ -236,6 +309,10 @@ class TestInitialisation:
         )
         with pytest.raises(ValueError, match="init must be one of variance_split, svd, zeros, got"):
             LFCLinear.from_linear(linear, 0.5, "random")
+        before = snapshot(layer)
+        with pytest.raises(TypeError, match="must have no factors yet, got an LFCLinear"):
+            LFCLinear.from_linear(layer, 0.5)
+        assert_equal(snapshot(layer), before)
 
 
 def test_state_dicts_hold_the_parameters_alone():
@@ -267,6 +344,7 @@ CHANGES: dict[str, Callable[[LFCLinear], Any]] = {
     "reset": lambda layer: layer.reset_parameters(),
     "replace": lambda layer: setattr(layer, "u", nn.Parameter(layer.u.detach() + 1)),
     "data": lambda layer: setattr(layer.v, "data", layer.v.data + 1),
+    "data in place": lambda layer: (layer.v.data.add_(1), layer.cache.clear()),
 }
 
 
@@ -287,6 +365,38 @@ def test_the_kept_matrix_is_never_stale(change: Callable[[LFCLinear], Any]):
 @torch.enable_grad()
 def change_with_grad(change: Callable[[LFCLinear], Any], layer: LFCLinear) -> None:
     change(layer)
+
+
+def test_sub_networks_do_not_mix_their_matrices_up():
+    torch.manual_seed(0)
+    layer = LFCLinear(6, 8, rank=2)
+    subnets = [
+        SubNetwork(layer, masks, name=name)
+        for name, masks in {
+            "full": {},
+            "core": {"weight": None},
+            "narrow": {"weight": pk.Prefix(5)},
+            "smaller": {"u": pk.Prefix(1), "v": pk.Prefix(None, 1)},
+            "plain": {"u": None},
+        }.items()
+    ]
+    x = noise(50, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.merge()(x))
+        held = layer.cache._held
+        for subnet in (*subnets, *reversed(subnets)):
+            with subnet.activate():
+                torch.testing.assert_close(layer(x), subnet.extract()(x))
+            torch.testing.assert_close(layer(x), layer.merge()(x))
+        assert layer.cache._held is held
+
+
+def test_a_layer_that_is_moved_leaves_no_matrix_behind():
+    layer = LFCLinear(6, 8, rank=2)
+    layer(noise(50, 6))
+    assert layer.cache._held is not None
+    layer.to("meta")
+    assert layer.cache._held is None
 
 
 def test_copies_have_their_own_matrix():
@@ -320,4 +430,3 @@ def test_alternating_training_touches_the_core_alone():
             for name, value in model.state_dict().items():
                 assert torch.equal(value, before[name]) == name.endswith(".weight"), name
     assert all(found[-1] < 0.7 * found[0] for found in losses.values())
-    assert_equal(snapshot(model), snapshot(model))

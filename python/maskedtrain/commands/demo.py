@@ -1,4 +1,4 @@
-"""train a network and its core in several ways and compare, in minutes"""
+"""train a network and its core in several ways, compare, in minutes"""
 
 from __future__ import annotations
 
