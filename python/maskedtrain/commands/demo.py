@@ -18,7 +18,7 @@ from maskedtrain.files import atomic_write
 from maskedtrain.training.console import Console, ResultRow, results_markdown
 from maskedtrain.training.export import save_program
 from maskedtrain.training.metrics import plot_comparison
-from maskedtrain.training.run import Run, train
+from maskedtrain.training.run import Results, Run, train
 from maskedtrain.training.signals import Interrupted
 
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str], console: Console) -> None:
     demo = _demos.translation() if options.translation else _demos.digits()
     folder = options.out or Path("runs", "demo-translation" if options.translation else "demo")
     console.print(demo.intro)
-    tables = [_train_all(demo, folder, options, seed, console) for seed in range(options.seeds)]
+    found = [_train_all(demo, folder, options, seed, console) for seed in range(options.seeds)]
+    tables = [results.results for results in found]
     rows = tables[0] if len(tables) == 1 else [_mean(cells) for cells in zip(*tables, strict=True)]
     console.print()
     console.results_table(rows)
@@ -54,16 +55,16 @@ def main(arguments: Sequence[str], console: Console) -> None:
         "iterations: optimizer steps that trained this network; training FLOPs and seconds: of "
         "the whole training that the row comes from.",
         *demo.remarks(tables),
+        *found[0].remarks,
     ]
     if len(tables) > 1:
         remarks.append(
             f"means over {len(tables)} seeds; ±: standard deviation of the "
             f"{'BLEU score' if options.translation else 'accuracy, in points'}."
         )
-    run = Run.restore(folder / demo.extracted, console)
-    remarks += run.task.remarks()
     for remark in remarks:
         console.print(textwrap.fill(remark, 80))
+    run = Run.restore(folder / demo.extracted, console)
     plot = folder / "comparison.png"
     logs = {label: folder / name / "metrics.jsonl" for name, label in demo.labels.items()}
     reason = plot_comparison(dict(logs), plot, title=demo.title, score=run.task.score)
@@ -89,8 +90,10 @@ def _configured(
 
 def _train_all(
     demo: _demos.Demo, folder: Path, options: Options, seed: int, console: Console
-) -> list[ResultRow]:
+) -> Results:
+    """The rows of all trainings with a seed, and what is to be said of every one."""
     rows: list[ResultRow] = []
+    remarks: Sequence[str] = ()
     for name, label in demo.labels.items():
         config = _configured(demo, folder, options, name, seed)
         try:
@@ -98,12 +101,13 @@ def _train_all(
         except Interrupted as stop:
             # The run could go on alone; the comparison starts over.
             raise Interrupted(stop.signum, "demo stopped; the next one starts over") from None
+        remarks = found.remarks
         # Small networks first, as in the rows of the networks trained alone.
         rows += [
             replace(row, method=label)
             for row in sorted(found.results, key=lambda row: row.params or 0)
         ]
-    return rows
+    return Results(rows, remarks)
 
 
 def _mean(cells: Sequence[ResultRow]) -> ResultRow:
