@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from maskedtrain.data.translation import Pairs
 
-__all__ = ["find_text", "read_columns", "read_lines", "read_pair", "split_apart", "undo_bpe"]
+__all__ = ["find_pair", "read_columns", "read_lines", "read_pair", "split_apart", "undo_bpe"]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -42,20 +44,25 @@ def _decoded(content: bytes, path: Path | str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def find_text(folder: Path, splits: Sequence[str], language: str) -> Path:
-    """``<split>.<language>`` or ``<split>.<language>.gz`` for the first of the splits' names that
-    there is.
+def find_pair(folder: Path, splits: Sequence[str], source: str, target: str) -> list[Path]:
+    """``<split>.<language>`` or ``<split>.<language>.gz`` of both languages, for the first of the
+    splits' names of which there is one at all.
     """
-    names = [f"{split}.{language}{end}" for split in splits for end in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}")
+    for split in splits:
+        names = [(f"{split}.{language}", f"{split}.{language}.gz") for language in (source, target)]
+        sides = [[folder / name for name in pair if (folder / name).is_file()] for pair in names]
+        if all(sides):
+            return [paths[0] for paths in sides]
+        for paths, pair in zip(sides, names, strict=True):
+            if not paths and any(sides):
+                raise FileNotFoundError(f"{folder} lacks {' or '.join(pair)}")
+    texts = ", ".join(f"{split}.{source} and .{target}" for split in splits)
+    raise FileNotFoundError(f"{folder} lacks {texts} (or .gz)")
 
 
 def read_pair(folder: Path, splits: Sequence[str], source: str, target: str) -> Pairs:
     """The lines of both languages of a split, which must be as many."""
-    paths = [find_text(folder, splits, language) for language in (source, target)]
+    paths = find_pair(folder, splits, source, target)
     sides = [read_lines(path) for path in paths]
     first, second = map(len, sides)
     if first != second:
@@ -67,7 +74,7 @@ def read_pair(folder: Path, splits: Sequence[str], source: str, target: str) -> 
 
 def undo_bpe(pairs: Pairs) -> Pairs:
     """Lines whose words were split by subword-nmt ("hou@@ se") with their words whole."""
-    source, target = ([line.replace("@@ ", "") for line in side] for side in pairs)
+    source, target = ([re.sub(r"@@( |$)", "", line) for line in side] for side in pairs)
     return source, target
 
 
@@ -107,7 +114,7 @@ def split_apart(pairs: Pairs, shares: Mapping[str, float]) -> dict[str, Pairs]:
 
     Sentences that differ by case and white space alone count as one. Pairs that share one are kept
     together, with all that they are connected to; each such group goes to a split by a hash of its
-    smallest pair, whatever the order of the lines.
+    smallest pair, whatever the order of the lines. The largest group is for training.
 
     Args:
         pairs: both sides.
@@ -118,7 +125,7 @@ def split_apart(pairs: Pairs, shares: Mapping[str, float]) -> dict[str, Pairs]:
     ends = [
         [number.setdefault((side, key), len(number)) for key in keys[side]] for side in range(2)
     ]
-    parent = np.arange(len(number))
+    parent = list(range(len(number)))
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -139,6 +146,9 @@ def split_apart(pairs: Pairs, shares: Mapping[str, float]) -> dict[str, Pairs]:
         group: names[int(np.searchsorted(limits, _fraction(key), side="right"))]
         for group, key in smallest.items()
     }
+    # Its size would make any other share of it a matter of luck.
+    sizes = Counter(roots)
+    place[max(sizes, key=lambda group: (sizes[group], smallest[group]))] = "train"
     found: dict[str, Pairs] = {name: ([], []) for name in names}
     for group, a, b in zip(roots, *pairs, strict=True):
         found[place[group]][0].append(a)

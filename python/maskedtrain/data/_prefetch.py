@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ __all__ = ["prefetched"]
 _Item = TypeVar("_Item")
 
 
-def prefetched(items: Iterator[_Item], *, depth: int = 4) -> Iterator[_Item]:
+def prefetched(items: Iterator[_Item], *, depth: int = 4) -> Generator[_Item, None, None]:
     """The items in their order, up to ``depth`` of them made ahead by a thread.
 
     An error of the iterator is raised where its item would have come. The thread ends with the

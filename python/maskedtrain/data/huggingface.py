@@ -54,5 +54,5 @@ class Config(TranslationConfig):
                     known = ", ".join(itertools.islice(texts, 10))
                     raise ValueError(f"{self.path} has no language {language!r}, but {known}")
                 # A line feed would make two lines of what counts as one.
-                side.append(" ".join(texts[language].split("\n")))
+                side.append((texts[language] or "").replace("\n", " "))
         return pairs

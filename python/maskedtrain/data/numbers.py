@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maskedtrain.data.translation import Pairs, TranslationConfig
 
@@ -44,6 +45,8 @@ class Config(TranslationConfig):
         super().__post_init__()
         if self.data is not None:
             raise ValueError(f"numbers are made, not read: data must be None, got {self.data}")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"split_seed must be >= 0 and < 2**32, got {self.split_seed}")
         wanted = self.train_pairs + 2 * self.eval_pairs
         if min(self.train_pairs, self.eval_pairs) < 1 or wanted > self.largest + 1:
             raise ValueError(
@@ -65,7 +68,7 @@ class Config(TranslationConfig):
             for name, part in zip(names, parts, strict=True)
         }
 
-    def _words(self, numbers: np.ndarray, language: str) -> list[str]:
+    def _words(self, numbers: NDArray[np.int64], language: str) -> list[str]:
         try:
             from num2words import num2words
         except ImportError as error:
@@ -78,22 +81,32 @@ class Config(TranslationConfig):
             raise ValueError(f"num2words has no language {language!r}") from None
 
 
-def _spread(rng: np.random.RandomState, largest: int, count: int) -> np.ndarray:
+def _spread(rng: np.random.RandomState, largest: int, count: int) -> NDArray[np.int64]:
     """Different numbers up to the largest, of every number of digits as far as there are enough: a
     quarter of what is still wanted of each length, short ones first, the rest of the longest.
     """
-    chosen: list[np.ndarray] = []
-    low, wanted = 0, count
+    found = np.empty(0, np.int64)
+    low = 0
     while low <= largest:
         high = min(max(10, low * 10), largest + 1)
-        last = high == largest + 1
-        share = wanted if last else min(wanted // 4, (high - low) // 2)
-        chosen.append(low + rng.permutation(high - low)[:share])
-        wanted -= len(chosen[-1])
+        wanted = count - len(found)
+        share = min(wanted, high - low) if high > largest else min(wanted // 4, (high - low) // 2)
+        found = _with_more(rng, found, low, high, share)
         low = high
-    found = np.concatenate(chosen)
-    if len(found) < count:
-        # More were wanted than the longest numbers are: take from the short ones, too.
-        rest = np.setdiff1d(np.arange(largest + 1), found)
-        found = np.concatenate((found, rng.permutation(rest)[: count - len(found)]))
-    return found
+    # More may have been wanted than the longest numbers are: take from all.
+    return _with_more(rng, found, 0, largest + 1, count - len(found))
+
+
+def _with_more(
+    rng: np.random.RandomState, found: NDArray[np.int64], low: int, high: int, count: int
+) -> NDArray[np.int64]:
+    """The numbers found, and so many others of [low, high)."""
+    if 2 * (len(found) + count) >= high - low:
+        new = np.setdiff1d(np.arange(low, high), found)
+    else:
+        # Without making the whole range, which may be billions.
+        new = np.empty(0, np.int64)
+        while len(new) < count:
+            drawn = rng.randint(low, high, 2 * count, np.int64)
+            new = np.setdiff1d(np.concatenate((new, drawn)), found)
+    return np.concatenate((found, rng.permutation(new)[:count]))

@@ -36,6 +36,8 @@ class Config(TranslationConfig):
             raise ValueError(
                 f"columns must be >= 0, got {self.source_column} and {self.target_column}"
             )
+        if self.source_column == self.target_column:
+            raise ValueError(f"columns must be two, got {self.source_column} twice")
         shares = self.val_share, self.test_share
         if not (min(shares) > 0 and sum(shares) < 1):
             raise ValueError(

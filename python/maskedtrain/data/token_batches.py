@@ -68,6 +68,9 @@ class TokenBatches:
         self.max_tokens = max_tokens
         self.seed = seed
         self.device = torch.device(device)
+        if self.device == torch.device("cuda"):
+            # The thread that prepares batches has a current device of its own.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.shuffle = shuffle
         self._source, self._target = (side.lengths + 1 for side in (split.source, split.target))
         longest = np.sort(np.maximum(self._source, self._target))[::-1]
@@ -116,7 +119,10 @@ class TokenBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position; ValueError, and no move, if it belongs to other batches."""
+        """Move to a saved position; ValueError, and no move, if it belongs to other batches.
+
+        Streams begun before go on as they were.
+        """
         own = self.state_dict()
         if state.keys() != own.keys():
             raise ValueError(f"loader state must have keys {list(own)}, got {list(state)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ Pairs = tuple[list[str], list[str]]
 
 SPLITS = ("train", "val", "test")
 
+# Of what is cached: another number whenever lines become other ids, or arrays have other names.
+FORMAT = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
@@ -40,17 +44,26 @@ class Ragged:
     offsets: NDArray[np.int64]
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
+    def of(cls, sequences: Iterable[Sequence[int]]) -> Ragged:
         """These sequences."""
-        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        flat = (i for sequence in sequences for i in sequence)
-        return cls(np.fromiter(flat, np.int32, int(offsets[-1])), offsets)
+        ids, offsets = array("i"), array("q", [0])
+        for sequence in sequences:
+            ids.extend(sequence)
+            offsets.append(len(ids))
+        return cls(np.array(ids, np.int32), np.array(offsets, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    def __getitem__(self, index: NDArray[np.int64]) -> Ragged:
+        """The sequences of these indices, in their order."""
+        lengths = self.lengths[index]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        # Each sequence counts up from where it was.
+        places = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.ids[places], offsets)
+
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
 
@@ -58,12 +71,9 @@ class Ragged:
         """The sequences of these indices as rows ``[len(index), width]``, filled up with ``fill``;
         ``width`` is at least their longest length.
         """
-        lengths = self.lengths[index]
+        chosen = self[index]
         rows = np.full((len(index), width), fill, np.int64)
-        inside = np.arange(width) < lengths[:, None]
-        # The places of all ids, row by row: each row counts up from its offset.
-        starts = np.repeat(self.offsets[index] - (np.cumsum(lengths) - lengths), lengths)
-        rows[inside] = self.ids[starts + np.arange(int(lengths.sum()))]
+        rows[np.arange(width) < chosen.lengths[:, None]] = chosen.ids
         return rows
 
 
@@ -96,8 +106,8 @@ class TranslationSplit:
         """SHA-256 of the ids."""
         found = hashlib.sha256()
         for side in (self.source, self.target):
-            for array in (side.offsets, side.ids):
-                found.update(np.ascontiguousarray(array).data)
+            found.update(side.offsets.data)
+            found.update(side.ids.data)
         return found.hexdigest()
 
 
@@ -204,7 +214,7 @@ class TranslationConfig(DataConfig):
             found["val"],
             found["test"],
             self.bleu_tokenizer,
-            tuple(f"{n} training pairs {what} left out" for what, n in left_out.items() if n),
+            tuple(f"training pairs left out: {n:,} {what}" for what, n in left_out.items() if n),
         )
 
     def _encoded(self, splits: dict[str, Pairs]) -> tuple[list[Vocabulary], dict[str, Ragged]]:
@@ -217,16 +227,17 @@ class TranslationConfig(DataConfig):
                 word = ("source", "target")[side]
                 made[f"{word}-vocabulary"] = np.frombuffer(vocabulary.to_bytes(), np.uint8)
                 for name in SPLITS:
-                    ragged = Ragged.of(vocabulary.encode(splits[name][side]))
+                    ragged = Ragged.of(vocabulary.encode_each(splits[name][side]))
                     made[f"{name}-{word}-ids"] = ragged.ids
                     made[f"{name}-{word}-offsets"] = ragged.offsets
             return made
 
-        key = hashlib.sha256(repr((self.vocab_size, self.vocabulary)).encode())
+        counts = [len(splits[name][0]) for name in SPLITS]
+        key = hashlib.sha256(repr((FORMAT, self.vocab_size, self.vocabulary, counts)).encode())
         for name in SPLITS:
             for side in splits[name]:
-                key.update("\n".join([name, *side, ""]).encode())
-        held = cached(f"{self.name}-{key.hexdigest()}.npz", make, cache=self.cache)
+                key.update("\n".join([*side, ""]).encode())
+        held = cached(f"{self.name}-{key.hexdigest()}", make, cache=self.cache)
         vocabularies = [
             Vocabulary.from_bytes(held[f"{word}-vocabulary"].tobytes())
             for word in ("source", "target")
@@ -263,9 +274,5 @@ def _without_long(split: TranslationSplit, max_length: int) -> tuple[Translation
     dropped = len(split) - len(keep)
     if not dropped:
         return split, 0
-
-    def chosen(side: Ragged) -> Ragged:
-        return Ragged.of([side.ids[side.offsets[i] : side.offsets[i + 1]].tolist() for i in keep])
-
     lines = ([side[i] for i in keep] for side in (split.source_lines, split.target_lines))
-    return TranslationSplit(chosen(split.source), chosen(split.target), *lines), dropped
+    return TranslationSplit(split.source[keep], split.target[keep], *lines), dropped

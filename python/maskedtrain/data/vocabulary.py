@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 # Specials and the 256 bytes.
 SMALLEST = len(SPECIAL) + 256
 
+# Lines encoded at once, in parallel: what the library keeps of a line is far more than its ids.
+CHUNK = 10_000
+
 
 class Vocabulary:
     """Lines to subword ids and back, through a ``tokenizers.Tokenizer``.
 
     Words are split by byte-level BPE (Sennrich et al. 2016), so that every line can be written:
-    ``decode(encode([line])[0])`` is the line, but for runs of white space, which become one space,
-    and none at its ends. Ids hold no special tokens; ``<s>`` in a line is text.
+    ``decode(encode([line])[0])`` is ``" ".join(line.split())``: runs of white space become one
+    space, and none at the ends. Ids hold no special tokens; ``<s>`` in a line is text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -62,21 +65,29 @@ class Vocabulary:
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         """The ids of each line, without bos and eos; none for an empty line."""
-        return [found.ids for found in self._tokenizer.encode_batch_fast(list(lines))]
+        return list(self.encode_each(lines))
+
+    def encode_each(self, lines: Sequence[str]) -> Iterator[list[int]]:
+        """The same one by one, for lines whose ids together are too many to be Python's."""
+        for start in range(0, len(lines), CHUNK):
+            chunk = list(lines[start : start + CHUNK])
+            yield from (found.ids for found in self._tokenizer.encode_batch_fast(chunk))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The line that ids stand for; special tokens are left out."""
-        return self._tokenizer.decode(list(ids)).strip()
+        """The line that ids stand for; special tokens are left out. It is one line whatever the
+        ids: a network may choose the byte of a line feed.
+        """
+        return " ".join(self._tokenizer.decode(list(ids)).split())
 
     def used_on(self, lines: Sequence[str]) -> Vocabulary:
         """The part of this vocabulary that splits these lines as the whole does: the tokens they
         consist of, what those were merged from, and every byte.
         """
-        content = json.loads(self._text)
+        content = json.loads(self.to_bytes())
         whole: dict[str, int] = content["model"]["vocab"]
         names = {i: token for token, i in whole.items()}
         merges = [tuple(merge) for merge in content["model"]["merges"]]
-        kept = {names[i] for ids in self.encode(lines) for i in ids}
+        kept = {names[i] for ids in self.encode_each(lines) for i in ids}
         # A merge comes after those that its parts came from.
         for first, second in reversed(merges):
             if first + second in kept:
@@ -90,18 +101,14 @@ class Vocabulary:
         ]
         return Vocabulary(_tokenizers().Tokenizer.from_str(json.dumps(content)))
 
-    @property
-    def _text(self) -> str:
-        return self._tokenizer.to_str()
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what ``save`` writes."""
-        return hashlib.sha256(self._text.encode()).hexdigest()
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """What ``save`` writes."""
-        return self._text.encode()
+        return self._tokenizer.to_str().encode()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Vocabulary:
