@@ -64,9 +64,10 @@ class Task(base.Task):
         for side, vocabulary in zip(SIDES, found, strict=True):
             expected = self.description[f"{side}_vocabulary"]
             if vocabulary.digest != expected:
+                path = self.saved / f"{side}.json"
                 raise ValueError(
-                    f"{self.saved / f'{side}.json'} is not the vocabulary of the run: its digest must "
-                    f"be {expected}, got {vocabulary.digest}"
+                    f"{path} is not the vocabulary of the run: its digest must be {expected}, "
+                    f"got {vocabulary.digest}"
                 )
         source, target = found
         return source, target
@@ -102,7 +103,9 @@ class Task(base.Task):
         beam = self.options.beam if final else self.options.val_beam
         translated = self.translate(model, subnet, lines.source_lines, beam=beam)
         texts = [best.text for best, *_ in translated]
-        exact = sum(a == b for a, b in zip(texts, lines.target_lines, strict=True)) / len(texts)
+        # White space is not translated: vocabularies make one space of any.
+        pairs = zip(texts, lines.target_lines, strict=True)
+        exact = sum(text == " ".join(line.split()) for text, line in pairs) / len(texts)
         bleu = self._bleu.corpus_score(texts, [lines.target_lines]).score
         return {
             **asdict(found),
