@@ -18,7 +18,8 @@ from maskedtrain import MaskedLinear, SubNetwork, cli
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-IN_A_LOOP, OF_ANY_MODEL, IN_PLAIN_TORCH = (code for language, code in BLOCKS if language == "python")
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+IN_A_LOOP, OF_ANY_MODEL, IN_PLAIN_TORCH = PYTHON
 COMMANDS = [
     shlex.split(line, comments=True)[1:]
     for language, code in BLOCKS
