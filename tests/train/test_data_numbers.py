@@ -54,6 +54,14 @@ def test_no_number_is_in_two_splits(largest: int, train: int, val: int):
         assert len({*lines}) == len(lines) == train + 2 * val
 
 
+def test_every_split_has_short_and_long_numbers():
+    splits = Config(largest=9_999, train_pairs=600, eval_pairs=200).read()
+    for source, _ in splits.values():
+        short = sum("thousand" not in words for words in source)
+        # 287 of all 1000.
+        assert abs(short / len(source) - 0.287) < 0.1
+
+
 def test_the_seed_settles_the_numbers():
     def read(seed: int) -> Any:
         return Config(largest=9999, train_pairs=50, eval_pairs=5, split_seed=seed).read()

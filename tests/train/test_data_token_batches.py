@@ -161,6 +161,16 @@ def test_a_batch_counts_when_it_is_handed_out():
     assert (batches.epoch, batches.batch) == (1, 0)
 
 
+def test_a_stream_goes_on_as_it_was_when_another_position_is_loaded():
+    batches = TokenBatches(some_split(), 40)
+    stream, expected = batches.stream(), take(TokenBatches(some_split(), 40), 2)
+    next(stream)
+    batches.load_state_dict({**batches.state_dict(), "epoch": 5, "batch": 3})
+    assert pairs_of([next(stream)]) == pairs_of(expected[1:])
+    # The position is that of the batch handed out last.
+    assert (batches.epoch, batches.batch) == (0, 2)
+
+
 def test_one_pass_leaves_the_position_and_follows_its_epoch():
     batches = TokenBatches(some_split(), 40, shuffle=True)
     take(batches, 3)
@@ -191,6 +201,12 @@ def test_a_state_of_other_batches_is_refused(change: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message):
         batches.load_state_dict({**before, **change})
     assert batches.state_dict() == before
+
+
+def test_of_several_differences_the_plainest_is_told():
+    batches = TokenBatches(some_split(49), 40)
+    with pytest.raises(ValueError, match="num_pairs must be 49, got 50"):
+        batches.load_state_dict(TokenBatches(some_split(50), 40, seed=1).state_dict())
 
 
 def test_digests_tell_data_apart():

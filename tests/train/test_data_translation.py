@@ -154,15 +154,18 @@ def test_training_pairs_with_an_empty_side_are_left_out_and_counted():
 
 
 def test_long_training_pairs_are_left_out_and_counted():
-    train = ([*GERMAN, "haus", "haus " * 9], [*ENGLISH, "house " * 8, "house"])
+    train = (
+        [*GERMAN, "haus", "haus " * 9, "haus"],
+        [*ENGLISH, "house " * 8, "house", "house " * 9],
+    )
     splits = texts(train=train, test=(["haus"], [" ".join(["house"] * 50)]))
     nothing_is_long = small(splits=splits, vocab_size=320, max_length=10).load()
-    assert nothing_is_long.notes == () and len(nothing_is_long.train) == 42
+    assert nothing_is_long.notes == () and len(nothing_is_long.train) == 43
     dataset = small(splits=splits, vocab_size=320, max_length=9).load()
     lengths = np.maximum(nothing_is_long.train.source.lengths, nothing_is_long.train.target.lengths)
-    assert lengths[40:].tolist() == [8, 9]
+    assert lengths[40:].tolist() == [8, 9, 9]
     assert len(dataset.train) == 41 and dataset.train.source_lines == [*GERMAN, "haus"]
-    assert dataset.notes == ("training pairs left out: 1 of more than 9 tokens",)
+    assert dataset.notes == ("training pairs left out: 2 of more than 9 tokens",)
     assert dataset.train.target[np.array([40])].ids.tolist() == [
         *dataset.target_vocabulary.encode(["house " * 8])[0]
     ]
@@ -229,7 +232,9 @@ def test_whatever_ids_depend_on_is_made_anew(cache: Path, trainings: list[int]):
         {"vocabulary": "shared"},
         {"splits": texts(train=(GERMAN[:-1], ENGLISH[:-1]))},
         {"splits": texts(train=(GERMAN, GERMAN))},
-        {"splits": texts(test=(["tür"], ["door"]))},
+        {"splits": texts(test=(["die tür", "tor"], ["the door", "gate"]))},
+        # The same letters in other lines.
+        {"splits": texts(test=(["die türto", "r"], ["the door", "gate"]))},
         # The same lines one after another, in other splits.
         {"splits": texts(val=([], []), test=(["das haus", "die tür"], ["the house", "the door"]))},
         {"splits": texts(test=([], []), val=(["das haus", "die tür"], ["the house", "the door"]))},

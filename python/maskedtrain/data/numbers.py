@@ -1,6 +1,6 @@
 """English number words and German ones: a translation task that needs no file.
 
-Long words, and another order: "forty-two thousand three hundred and twenty-one" is
+Long words, and another order: "forty-two thousand, three hundred and twenty-one" is
 "zweiundvierzigtausenddreihunderteinundzwanzig".
 """
 

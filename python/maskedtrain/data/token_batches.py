@@ -126,8 +126,8 @@ class TokenBatches:
         own = self.state_dict()
         if state.keys() != own.keys():
             raise ValueError(f"loader state must have keys {list(own)}, got {list(state)}")
-        for name in own.keys() - {"epoch", "batch"}:
-            if state[name] != own[name]:
+        for name in own:
+            if name not in ("epoch", "batch") and state[name] != own[name]:
                 raise ValueError(
                     f"loader state must match these batches: {name} must be {own[name]}, "
                     f"got {state[name]}"

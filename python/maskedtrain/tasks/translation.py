@@ -122,7 +122,9 @@ class Task(base.Task):
             raise ImportError(
                 'BLEU needs sacrebleu: pip install "maskedtrain[text]"', name=error.name
             ) from error
-        return SacreBLEU(tokenize=self.description["bleu_tokenizer"])
+        tokenizer = self.description["bleu_tokenizer"]
+        # It warns of tokenised text, which it is meant to get with "none".
+        return SacreBLEU(tokenize=tokenizer, force=tokenizer == "none")
 
     def notes(self) -> Sequence[str]:
         return self.dataset.notes
