@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maskedtrain.data.vocabulary import BOS, EOS, PAD
 from maskedtrain.models.transformer import Transformer
-from maskedtrain.training.loop import evaluation_mode
+from maskedtrain.training.loop import NonFiniteError, evaluation_mode
 
 __all__ = ["Hypothesis", "beam_search"]
 
@@ -75,6 +75,8 @@ def beam_search(
 
     Raises:
         ValueError: beam, nbest or source is out of range.
+        TypeError: the model is no ``Transformer``.
+        NonFiniteError: the model's logits are NaN or infinite.
 
     Source: fairseq's sequence generator, but for when it stops.
     """
@@ -112,6 +114,9 @@ def _search(
         at_limit = torch.tensor([written >= sentence.limit for sentence in alive], device=device)
         logits = model.step(tokens[:, :, -1], state)
         ids, origins, values = _candidates(logits, scores, at_limit, 2 * beam)
+        # The order of NaN is that of the largest; without this nothing would be found.
+        if values[:, 0].isnan().any():
+            raise NonFiniteError("the model's logits are NaN or infinite: nothing to choose from")
         _collect(alive, tokens, ids, origins, values, beam, penalty)
         ends = (ids == EOS) | values.isinf()
         # The first K that go on, in order; where there are fewer, what is left scores -inf.

@@ -151,6 +151,8 @@ def test_embeddings_are_tied_and_shared_on_demand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"heads": 0}, "heads must be >= 1, got 0"),
+        ({"attention_dropout": 1.5}, r"attention_dropout must be in \[0, 1\], got 1.5"),
         ({"heads": 3}, "d_model must be a multiple of heads = 3, got 16"),
         ({"d_model": 15, "heads": 5}, "d_model must be even, for sines and cosines, got 15"),
         ({"norm": "both"}, 'norm must be "post" or "pre", got \'both\''),
@@ -290,7 +292,7 @@ def test_weights_of_a_standard_transformer_go_in_and_out():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_for_every_size():
     torch._dynamo.reset()
-    model = transformer()
+    model = transformer(encoder_layers=1, decoder_layers=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (3, 2):
         source, target = SOURCE[:rows].repeat(1, rows), TARGET[:rows]

@@ -48,6 +48,8 @@ class Options:
     linear: MakeLinear
 
     def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise ValueError(f"heads must be >= 1, got {self.heads}")
         if self.d_model % self.heads:
             raise ValueError(
                 f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"
@@ -56,6 +58,9 @@ class Options:
             raise ValueError(f"d_model must be even, for sines and cosines, got {self.d_model}")
         if self.norm not in ("post", "pre"):
             raise ValueError(f'norm must be "post" or "pre", got {self.norm!r}')
+        # The other two are checked by nn.Dropout; attention has none.
+        if not 0 <= self.attention_dropout <= 1:
+            raise ValueError(f"attention_dropout must be in [0, 1], got {self.attention_dropout}")
 
 
 class Attention(nn.Module):

@@ -27,7 +27,7 @@ from maskedtrain.models._transformer_layers import (
 )
 from maskedtrain.models.base import ModelConfig
 from maskedtrain.subnetwork import Kept
-from partial_kernels import Index, Mask, Prefix
+from partial_kernels import Full, Index, Mask, Prefix
 
 __all__ = ["Config", "Transformer"]
 
@@ -144,8 +144,10 @@ class Transformer(nn.Module):
             elif isinstance(module, Attention):
                 dims = kept(name, module.head_dim)
                 index = torch.arange(module.q_proj.out_features).view(module.heads, -1)[:, :dims]
+                # An index of all rows would be copied at every call, and is no view to share.
+                mask = Full() if dims == module.head_dim else Index(index.flatten())
                 for projection in ("q_proj", "k_proj"):
-                    masks[f"{name}.{projection}.weight"] = Index(index.flatten())
+                    masks[f"{name}.{projection}.weight"] = mask
         return masks
 
 
