@@ -34,9 +34,11 @@ class _Sentence:
     limit: int
     found: list[Hypothesis] = field(default_factory=list)
 
-    def over(self, written: int, beam: int, best: float) -> bool:
-        """Whether the search has ended, ``best`` being the score of the best hypothesis left."""
-        if written >= self.limit or best == -math.inf:
+    def over(self, beam: int, best: float) -> bool:
+        """Whether the search has ended, ``best`` being the score of the best hypothesis left:
+        -inf if there is none, at the limit at the latest.
+        """
+        if best == -math.inf:
             return True
         scores = sorted((hypothesis.score for hypothesis in self.found), reverse=True)
         return len(scores) >= beam and scores[beam - 1] >= best
@@ -86,6 +88,8 @@ def beam_search(
         raise ValueError(f"nbest must be in [1, beam = {beam}], got {nbest}")
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a Transformer, got {type(model).__name__}")
+    if source.ndim != 2:
+        raise ValueError(f"source must be [B, S], got {list(source.shape)}")
     lengths = (source != PAD).sum(1).tolist()
     if not all(lengths):
         raise ValueError(f"sentence {lengths.index(0)} of source is empty: it lacks even its eos")
@@ -118,13 +122,13 @@ def _search(
         if values[:, 0].isnan().any():
             raise NonFiniteError("the model's logits are NaN or infinite: nothing to choose from")
         _collect(alive, tokens, ids, origins, values, beam, penalty)
-        ends = (ids == EOS) | values.isinf()
+        ends = ids == EOS
         # The first K that go on, in order; where there are fewer, what is left scores -inf.
         kept = ends.to(torch.int8).argsort(dim=1, stable=True)[:, :beam]
         scores = values.masked_fill(ends, -torch.inf).gather(1, kept)
         origins, ids = origins.gather(1, kept), ids.gather(1, kept)
         best = (scores[:, 0] / (written + 1) ** penalty).tolist()
-        over = [s.over(written, beam, score) for s, score in zip(alive, best, strict=True)]
+        over = [s.over(beam, score) for s, score in zip(alive, best, strict=True)]
         first = torch.arange(len(alive), device=device)[:, None] * tokens.shape[1]
         alive = [sentence for sentence, done in zip(alive, over, strict=True) if not done]
         if not alive:

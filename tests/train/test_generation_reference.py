@@ -72,9 +72,11 @@ def test_it_is_the_reference(beam: int, penalty: float):
 
 @pytest.mark.parametrize("vocab", [4, 5])
 def test_a_beam_may_be_wider_than_the_vocabulary(vocab: int):
-    # Less than 2 K continuations of the first step, and some that are no words.
-    for best, *_ in beam_search(model_of(0, vocab), SOURCE, beam=12, nbest=3, **LIMITS):
-        assert math.isfinite(best.score) and not {PAD, BOS, EOS} & set(best.tokens)
+    # Less than 2 K continuations of the first steps, and some that are no words.
+    for hypotheses in beam_search(model_of(0, vocab), SOURCE, beam=12, nbest=12, **LIMITS):
+        assert all(math.isfinite(h.score) for h in hypotheses)
+        texts = [tuple(h.tokens) for h in hypotheses]
+        assert len(set(texts)) == len(texts) and not {PAD, BOS, EOS} & set().union(*texts)
 
 
 @torch.no_grad()
