@@ -49,8 +49,11 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, rows: int, c
 
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
     """Check that all are floating point, on x's device and, without autocast, of x's dtype."""
+    dtype, device = x.dtype, x.device
     for name, tensor in {"x": x, **others}.items():
-        if tensor is None:
+        if tensor is None or (
+            tensor.dtype is dtype and tensor.device == device and dtype.is_floating_point
+        ):
             continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")

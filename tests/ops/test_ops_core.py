@@ -6,6 +6,7 @@ import ast
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,40 @@ def test_environment_reaches_public_functions(monkeypatch: pytest.MonkeyPatch) -
     choice = pk.explain("masked_linear", torch.ones(1, 2), torch.ones(2, 2), **call)
     assert choice.backend is None
     assert choice.reasons["missing"] == "submatrix_forward has no such backend"
+
+
+class Sub(torch.Tensor):
+    """A subclass that asks for nothing."""
+
+
+def _observers() -> dict[str, tuple[AbstractContextManager[Any], Any]]:
+    """Contexts and arguments that only the dispatcher treats rightly."""
+    ones = torch.ones(4)
+    return {
+        "autograd": (torch.enable_grad(), ones),
+        "mode": (Recorder(), ones),
+        "profiler": (torch.profiler.profile(), ones),
+        "meta": (nullcontext(), ones.to("meta")),
+        "subclass": (nullcontext(), ones.as_subclass(Sub)),
+    }
+
+
+@pytest.mark.parametrize("observer", [None, "vmap", *_observers()])
+@torch.no_grad()
+def test_the_dispatcher_is_passed_by_where_nobody_looks_on(
+    double: Op, monkeypatch: pytest.MonkeyPatch, observer: str | None
+) -> None:
+    dispatched: list[str] = []
+    dispatch = double._call
+    monkeypatch.setattr(
+        double, "_call", lambda *args: (dispatched.append(double.name), dispatch(*args))[1]
+    )
+    context, x = _observers().get(observer or "", (nullcontext(), torch.ones(4)))
+    transform = torch.vmap if observer == "vmap" else lambda call: call
+    with context:
+        found = transform(lambda x: double(x, "auto"))(x)
+    assert found.shape == x.shape
+    assert dispatched == ([double.name] if observer else [])
 
 
 def test_ops_are_traced_by_their_fakes(double: Op) -> None:
