@@ -23,10 +23,9 @@ from torch.utils import flop_counter
 __all__ = ["Choice", "Explained", "Op", "explaining", "plain_call"]
 
 # Parts of torch without complete types.
-_library: Any = torch.library
+_torch: Any = torch
+_library, _C, _profiler_enabled = _torch.library, _torch._C, _torch.autograd._profiler_enabled
 _flop_counter: Any = flop_counter
-_profiler_enabled: Any = torch.autograd._profiler_enabled
-_C: Any = torch._C
 
 NAMESPACE = "partial_kernels"
 IMPL_VARIABLE = "PARTIAL_KERNELS_IMPL"

@@ -1,3 +1,8 @@
+import importlib
+import os
+import subprocess
+import sys
+
 import pytest
 
 from partial_kernels._native import native_status
@@ -11,7 +16,34 @@ def test_info_says_how_the_library_was_built() -> None:
     assert info is not None
     assert info["compiler"].startswith(("gcc ", "clang "))
     assert info["cxx_standard"] >= 20
-    assert info["isa"][0] == "baseline"
+    assert info["isas"][0] == "portable"
+    assert info["isa"] == os.environ.get("PARTIAL_KERNELS_ISA", info["isas"][-1])
     assert info["torch_abi"] == "2.11"
     assert tuple(map(int, info["torch_headers"].split(".")[:2])) >= (2, 11)
     assert info["cuda_archs"] == []
+
+
+@pytest.mark.skipif(not status.available, reason=f"no compiled library: {status.reason}")
+def test_the_isa_can_be_chosen() -> None:
+    library = importlib.import_module("partial_kernels._C")
+    isas, first = library.build_info()["isas"], library.isa()
+    for name in isas:
+        library.set_isa(name)
+        assert library.isa() == name
+    with pytest.raises(ValueError, match=r"this processor runs .*'portable'.*, got 'neon'"):
+        library.set_isa("neon")
+    assert library.isa() == isas[-1]
+    library.set_isa(first)
+
+
+@pytest.mark.skipif(not status.available, reason=f"no compiled library: {status.reason}")
+@pytest.mark.parametrize("wanted", ["portable", "neon"])
+def test_the_environment_chooses_the_isa_or_the_library_does_not_load(wanted: str) -> None:
+    program = (
+        "from partial_kernels._native import native_status as s; print(s().reason or s().info)"
+    )
+    environment = {**os.environ, "PARTIAL_KERNELS_ISA": wanted}
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    expected = {"portable": "'isa': 'portable'", "neon": "PARTIAL_KERNELS_ISA: this processor"}
+    assert expected[wanted] in found.stdout

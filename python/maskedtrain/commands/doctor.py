@@ -51,10 +51,11 @@ def _lines() -> Iterator[tuple[str, str]]:
 
 
 def _library(info: dict[str, Any]) -> str:
-    cuda = ", ".join(info["cuda_archs"]) or "none"
+    cuda, isas = (", ".join(info[name]) or "none" for name in ("cuda_archs", "isas"))
     return (
         f"{info['compiler']}, C++{info['cxx_standard']}; for torch >= {info['torch_abi']}, with "
-        f"headers of {info['torch_headers']}; CPU code {', '.join(info['isa'])}; CUDA code {cuda}"
+        f"headers of {info['torch_headers']}; CPU code {info['isa']} (of {isas}); "
+        f"CUDA code {cuda}"
     )
 
 
