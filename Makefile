@@ -10,7 +10,7 @@ help:
 	@echo "make demo   train a small super-network and its core, print the table"
 	@echo "make test   run the test suite"
 	@echo "make lint   ruff check, ruff format --check, pyright"
-	@echo "make bench  run the benchmarks"
+	@echo "make bench  run the benchmarks, keep their figures in bench/results"
 	@echo "make gpu    run the tests that need a CUDA device"
 	@echo "make clean  remove what was built; .venv stays"
 
@@ -41,7 +41,7 @@ lint: env
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
 
 bench: env
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m pytest bench --benchmark-only --results bench/results
 
 gpu: env
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \

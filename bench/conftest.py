@@ -1,14 +1,26 @@
-"""Prints what pytest-benchmark's table has no columns for: FLOPs and paired ratios."""
+"""Prints and keeps what pytest-benchmark's table has no columns for: FLOPs, paired ratios, bars."""
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import machine, results
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="write the figures to FOLDER/<processor and threads>/<file of the benchmark>.json",
+    )
 
 
 def pytest_configure() -> None:
@@ -20,15 +32,16 @@ def pytest_configure() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-_ROWS: list[tuple[str, dict[str, Any]]] = []
+# Of each file its cases' figures.
+_ROWS: dict[str, dict[str, dict[str, Any]]] = {}
 
 
 @pytest.fixture
 def note(benchmark, request):
-    """Call it with figures: they go to ``extra_info`` and to the table at the end."""
+    """Call it with figures: they go to ``extra_info``, to the table at the end and the results."""
 
     row: dict[str, Any] = {}
-    _ROWS.append((request.node.name, row))
+    _ROWS.setdefault(request.node.path.stem, {})[request.node.name] = row
 
     def add(**figures: Any) -> None:
         benchmark.extra_info |= figures
@@ -37,20 +50,17 @@ def note(benchmark, request):
     return add
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _ROWS:
-        return
-    columns = list(dict.fromkeys(name for _, figures in _ROWS for name in figures))
-    table = [["case", *columns]]
-    table += [[case, *(_show(figures.get(name)) for name in columns)] for case, figures in _ROWS]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns) + 1)]
-    terminalreporter.section("figures")
-    for case, *cells in table:
-        shown = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        terminalreporter.line("  ".join([case.ljust(widths[0]), *shown]))
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    for file, rows in _ROWS.items():
+        terminalreporter.section(file)
+        for line in results.table(rows):
+            terminalreporter.line(line)
+    if _ROWS:
+        terminalreporter.line(
+            f"{machine.processor()}, {machine.description()['threads']} threads: products at "
+            f"{machine.rates().flops_per_s / 1e9:.0f} GFLOP/s, copies at "
+            f"{machine.rates().bytes_per_s / 1e9:.0f} GB/s"
+        )
+    if (folder := config.getoption("--results")) is not None:
+        for file, rows in _ROWS.items():
+            results.write(folder / machine.device() / f"{file}.json", rows)

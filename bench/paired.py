@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Disturbed", "Paired", "paired"]
+__all__ = ["Disturbed", "Paired", "paired", "seconds"]
 
 CONTROL = 0.05
 
@@ -37,6 +37,14 @@ class Paired:
     load: float
 
 
+def seconds(step: Callable[[], object], synchronize: Callable[[], None] = lambda: None) -> float:
+    """The time of one call."""
+    started = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - started
+
+
 def paired(
     a: Callable[[], object],
     b: Callable[[], object],
@@ -52,19 +60,13 @@ def paired(
         busy.
     """
 
-    def clock(function: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        function()
-        synchronize()
-        return time.perf_counter() - started
-
     for _ in range(warmup):
-        clock(a)
-        clock(b)
+        a()
+        b()
     kept: list[tuple[float, float, float]] = []
     rejected = 0
     while len(kept) < rounds:
-        first, other, second = clock(a), clock(b), clock(a)
+        first, other, second = (seconds(step, synchronize) for step in (a, b, a))
         if abs(second / first - 1) <= CONTROL:
             kept.append((first, other, second))
         elif (rejected := rejected + 1) > 2 * rounds:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partial_kernels._core.contest import Contest
 from partial_kernels._core.testing import (
     assert_within_budget,
     assert_zero_outside,
@@ -28,6 +29,7 @@ __all__ = [
     "LinearCase",
     "bytes_moved",
     "check",
+    "contest",
     "dense_linear",
     "flops",
     "kept_indices",
@@ -181,6 +183,28 @@ def bytes_moved(case: LinearCase) -> dict[str, int]:
         "dx": size * (y + weight + x),
         "dweight": size * (y + x + math.prod(case.shape)),
     }
+
+
+def contest(case: LinearCase, bar: float | None = None) -> Contest:
+    """Forward and backward against ``F.linear``: of the small weight, gathered before, if the mask
+    is compact, else of the whole one.
+    """
+    arguments = case.make(requires_grad=True)
+    x, weight = arguments["x"], arguments["weight"]
+    plain = weight
+    if case.mask.compact:
+        rows, cols = kept_indices(case.mask, weight)
+        plain = weight.detach()[rows[:, None], cols].requires_grad_()
+    dy = random_tensors(case.dtype, x.device, 1)(*case.batch, case.kept[0])
+
+    def ours() -> object:
+        return torch.autograd.grad(masked_linear(**arguments), [x, weight], dy)
+
+    def baseline() -> object:
+        return torch.autograd.grad(F.linear(x, plain), [x, plain], dy)
+
+    flop_count, byte_count = (sum(count(case).values()) for count in (flops, bytes_moved))
+    return Contest(ours, {"F.linear": baseline}, flop_count, byte_count, bar)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: Mask) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_kernels._core import linear_cases
+from partial_kernels._core.contest import Contest
 from partial_kernels._core.linear_cases import LinearCase as Case
 from partial_kernels._core.linear_cases import bytes_moved, check, flops, variations
 from partial_kernels.masks import Block
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "flops"]
+__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
 
 
 def _random_bitmap(rows: int, cols: int, share: float) -> Tensor:
@@ -53,3 +55,9 @@ BENCH_CASES = tuple(
     for size in (32, 64)
     for zeros in (0.75, 0.5)
 )
+
+
+def contest(case: Case) -> Contest:
+    """Against the dense layer, of whose time it may take 1.2 times the share of active blocks."""
+    share = case.mask.numel(case.shape) / (case.outputs * case.inputs)
+    return linear_cases.contest(case, bar=1.2 * share)

@@ -11,11 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partial_kernels._core.contest import Contest, Step
 from partial_kernels._core.linear_cases import WEIGHT_LAYOUTS, X_LAYOUTS, random_tensors
 from partial_kernels._core.testing import assert_within_budget, poisoned
 from partial_kernels.lfc.function import Form, lfc_linear
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "flops", "plain_lfc"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "check",
+    "contest",
+    "flops",
+    "plain_lfc",
+]
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,33 @@ def bytes_moved(case: Case) -> dict[str, int]:
         "forward": size * (forward + 2 * merged),
         "backward": size * (2 * T * (I + O) + 2 * parameters + merged),
     }
+
+
+def contest(case: Case) -> Contest:
+    """Forward and backward of a super layer against ``F.linear``'s, whose step it may exceed by
+    K / T and timing's own 0.04; of a core against two thin layers'.
+
+    W' is formed in every step, as in training: with unchanged weights it would be kept.
+    """
+    arguments = case.make(requires_grad=True)
+    leaves = {k: a for k, a in arguments.items() if isinstance(a, Tensor)}
+    dy = random_tensors(case.dtype, "cpu", 1)(case.tokens, case.outputs)
+
+    def step(forward: Callable[..., Tensor], names: list[str]) -> Step:
+        needed = [leaves[name] for name in names]
+        return lambda: torch.autograd.grad(forward(**arguments), needed, dy)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    ours = step(lfc_linear, list(leaves))
+    if case.core:
+        baselines, bar = {"two F.linear": step(plain_lfc, list(leaves))}, 1.07
+    else:
+        plain = step(linear, [name for name in leaves if name not in ("u", "v")])
+        baselines, bar = {"F.linear": plain}, 1 + case.rank / case.tokens + 0.04
+    flop_count, byte_count = (sum(count(case).values()) for count in (flops, bytes_moved))
+    return Contest(ours, baselines, flop_count, byte_count, bar)
 
 
 def plain_lfc(

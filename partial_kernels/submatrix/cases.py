@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from partial_kernels._core import linear_cases
+from partial_kernels._core.contest import Contest
 from partial_kernels._core.linear_cases import LinearCase as Case
 from partial_kernels._core.linear_cases import bytes_moved, check, flops, variations
 from partial_kernels.masks import Full, Index, Mask, Prefix
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "flops"]
+__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
 
 _SELECTIONS: dict[str, Mask] = {
     "prefix-rows": Prefix(rows=5),
@@ -66,3 +68,8 @@ BENCH_CASES = tuple(
         "index": Index(*[_scattered(int(ratio * _WIDTH), _WIDTH)] * 2),
     }.items()
 )
+
+
+def contest(case: Case) -> Contest:
+    """Against ``F.linear`` on a small contiguous weight that was gathered before."""
+    return linear_cases.contest(case, bar=1.05 if isinstance(case.mask, Prefix) else 1.08)

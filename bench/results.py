@@ -1,0 +1,77 @@
+"""Figures of benchmarks: as a table, as a file, and one file against an older one.
+
+``python -m bench.results OLD NEW`` lists what has become slower against its baseline, and exits
+with 1 if anything has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+# What a ratio may lose: more than paired timing is off by.
+TOLERANCE = 0.1
+
+
+def table(rows: Rows) -> Iterator[str]:
+    """Lines of a table with a column for every figure."""
+    columns = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    cells = [["case", *columns]]
+    cells += [[case, *(_show(figures.get(c)) for c in columns)] for case, figures in rows.items()]
+    # A sentence instead of a figure may stick out.
+    widths = [max(len(c) for c in column if len(c) < 40) for column in zip(*cells, strict=True)]
+    for case, *figures in cells:
+        shown = (cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True))
+        yield "  ".join([case.ljust(widths[0]), *shown])
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(path: Path, rows: Rows) -> None:
+    """Write the figures of one run and what they depend on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = {"machine": machine.description(), "cases": rows}
+    path.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
+
+
+def slower(old: Rows, new: Rows) -> dict[str, tuple[float, float]]:
+    """Cases whose ratio has grown by more than the tolerance: the old one and the new one."""
+    ratios = {
+        case: (old[case].get("ratio"), figures.get("ratio"))
+        for case, figures in new.items()
+        if case in old
+    }
+    return {
+        case: (before, after)
+        for case, (before, after) in ratios.items()
+        if isinstance(before, float)
+        and isinstance(after, float)
+        and after > before * (1 + TOLERANCE)
+    }
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        print("usage: python -m bench.results OLD.json NEW.json", file=sys.stderr)
+        return 2
+    old, new = (json.loads(Path(path).read_text())["cases"] for path in arguments)
+    lost = slower(old, new)
+    for case, (before, after) in lost.items():
+        print(f"{case}: {before:.3f} -> {after:.3f} of its baseline's time")
+    print(f"{len(lost)} of {len(old.keys() & new.keys())} cases are slower by over {TOLERANCE:.0%}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

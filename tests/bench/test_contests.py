@@ -1,0 +1,31 @@
+"""What benchmarks compare can be run: on the families' small cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from partial_kernels._core import discovery
+
+SMALL = {
+    f"{family}-{case.name}": (module, case)
+    for family, module in discovery.cases()
+    if hasattr(module, "contest")
+    for case in (*module.CASES[:1], *module.CASES[-1:])
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_both_sides_give_gradients_of_their_own_arguments(name: str):
+    module, case = SMALL[name]
+    contest = module.contest(case)
+    ours: Any = contest.ours()
+    assert all(grad.isfinite().all() for grad in ours)
+    for baseline in contest.baselines.values():
+        theirs: Any = baseline()
+        assert ours[0].shape == theirs[0].shape, "dx"
+        assert all(isinstance(grad, torch.Tensor) for grad in theirs)
+    assert contest.flops >= 0 and contest.bytes > 0
+    assert contest.bar is None or contest.bar > 0
