@@ -4,9 +4,9 @@
 //   #include "common/foreach_isa.h"
 //   ... PK_ISA_FUNCTION(kernel)(arguments) ...
 //
-// Within it PK_AVX512 or PK_AVX2 is 1 where that ISA's intrinsics may be used. What the file needs is
-// included before, so that no inline function of a library is compiled for more than it asked for:
-// the linker keeps one copy of those, perhaps the one that this processor cannot run.
+// Within it PK_AVX512 or PK_AVX2 is 1 where that ISA's intrinsics may be used. What the file needs
+// is included before, so that no inline function of a library is compiled for more than it asked
+// for: the linker keeps one copy of those, perhaps the one that this processor cannot run.
 
 #define PK_AVX2 0
 #define PK_AVX512 0
@@ -36,8 +36,9 @@ namespace avx2 {
 #undef PK_AVX512
 #define PK_AVX512 1
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi,bmi2,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                       \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi,bmi2,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi,bmi2,f16c,prefer-vector-width=512")

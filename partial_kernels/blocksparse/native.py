@@ -1,0 +1,50 @@
+"""C++ backends for Block masks on the CPU: time in proportion to the blocks that are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_kernels.blocksparse.reference import OPS
+
+_ops: Any = torch.ops.partial_kernels
+_forward = _ops.blocksparse_forward_cpu.default
+_dx = _ops.blocksparse_dx_cpu.default
+_dweight = _ops.blocksparse_dweight_cpu.default
+
+# Smaller blocks fill no vector.
+MIN_SIZE = 8
+
+
+def _supports(first: Tensor, second: Tensor, *rest: Any) -> str | None:
+    size: int = rest[-1]
+    tensors = [first, second, *(t for t in rest if isinstance(t, Tensor) and t.is_floating_point())]
+    if first.device.type != "cpu":
+        return f"it runs on the CPU, got {first.device}"
+    if any(t.dtype != torch.float32 for t in tensors):
+        return f"it computes in fp32, got {', '.join(str(t.dtype) for t in tensors)}"
+    if size < MIN_SIZE:
+        return f"its blocks are of {MIN_SIZE} or more, got {size}"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With contiguous rows."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+@OPS.forward.backend("native", _supports)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, bitmap: Tensor, size: int) -> Tensor:
+    return _forward(_rows(x), weight, bias, bitmap, size)
+
+
+@OPS.dx.backend("native", _supports)
+def _(dy: Tensor, weight: Tensor, width: int, bitmap: Tensor, size: int) -> Tensor:
+    return _dx(_rows(dy), weight, bitmap, size)
+
+
+@OPS.dweight.backend("native", _supports)
+def _(dy: Tensor, x: Tensor, weight: Tensor, bitmap: Tensor, size: int) -> Tensor:
+    return _dweight(_rows(dy), _rows(x), bitmap, size)
