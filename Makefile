@@ -4,11 +4,12 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help env demo test lint bench gpu clean
+.PHONY: help env demo test asan lint bench gpu clean
 help:
 	@echo "make env    create .venv and install the pinned packages and this one (editable) into it"
 	@echo "make demo   train a small super-network and its core, print the table"
 	@echo "make test   run the test suite"
+	@echo "make asan   run the compiled kernels' tests under AddressSanitizer and UBSan"
 	@echo "make lint   ruff check, ruff format --check, pyright"
 	@echo "make bench  run the benchmarks, keep their figures in bench/results"
 	@echo "make gpu    run the tests that need a CUDA device"
@@ -34,6 +35,15 @@ demo: env
 # One thread for each of the workers: more would fight over the cores.
 test: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# A build of its own beside the usual one; Python itself, which is not instrumented, leaks by design.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+asan: env
+	CXXFLAGS="$(SANITIZE) -g1" LDFLAGS="$(SANITIZE)" PARTIAL_KERNELS_BUILD=require \
+	    $(PY) setup.py --quiet build --build-lib build/asan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	    $(PY) -m pytest tests/native --override-ini=pythonpath=build/asan
 
 lint: env
 	$(PY) -m ruff check
