@@ -90,7 +90,7 @@ _EXPERIMENTS: dict[str, tuple[TrainConfig, dict[str, MethodConfig]]] = {
         ),
         _text_rows("lowrank", 1 / 32),
     ),
-    # For two CPU cores and a quarter of an hour.
+    # For two CPU cores and half an hour.
     "multi30k-lowrank": (
         TrainConfig(
             Multi30kConfig(),
