@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     # What the loop below finds, for type checkers; a test keeps the two equal.
     from partial_kernels.lfc import MergeCache, lfc_linear
     from partial_kernels.optim import masked_adamw_, masked_sgd_
+    from partial_kernels.packed import packed_linear
     from partial_kernels.stats import MaskedStats, masked_stats
     from partial_kernels.submatrix import masked_linear
 
@@ -43,4 +44,5 @@ __all__ = [
     "masked_linear",
     "masked_sgd_",
     "masked_stats",
+    "packed_linear",
 ]

@@ -9,7 +9,7 @@ decision.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ def _wanted(impl: str) -> str:
 
 def _untraced(args: tuple[Any, ...]) -> bool:
     """Whether nobody looks on: no autograd, compiler, mode, transform, profiler, subclass of
-    Tensor; and, of the first argument, a tensor, no meta device.
+    Tensor.
     """
     return (
         not torch.compiler.is_compiling()
@@ -183,9 +183,21 @@ def _untraced(args: tuple[Any, ...]) -> bool:
         and not _C._len_torch_dispatch_stack()
         and not _profiler_enabled()
         and _C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, args))
-        and not args[0].is_meta
+        and _are_plain(args)
     )
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether these, and what is in lists of them, are numbers, names and plain tensors; of the
+    first tensor, also that it has data.
+    """
+    if not all(_PLAIN.issuperset(map(type, _several(arg))) for arg in args):
+        return False
+    return not _several(args[0])[0].is_meta
+
+
+def _several(arg: Any) -> Any:
+    return arg if arg.__class__ is list else (arg,)
 
 
 def plain_call(name: str, impl: str) -> None:

@@ -22,7 +22,9 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, *, what: str = "") -> None:
+def assert_within_budget(
+    actual: Tensor, plain: Tensor, exact: Tensor, *, what: str = "", magnitude: float = 0.0
+) -> None:
     """Check that ``actual`` is about as exact as plain PyTorch in the same dtype.
 
     ``|actual - exact| <= 2 |plain - exact| + eps(dtype) |exact|``, in the norm that takes the
@@ -32,6 +34,8 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, *, what: 
         actual: the result under test.
         plain: what plain PyTorch computes from the same arguments; dtype and shape of ``actual``.
         exact: the same in fp64.
+        magnitude: counts as ``|exact|`` where it is larger: of sums so few that plain PyTorch may
+            be exact by luck, the sum of the terms' absolute values.
     """
     subject = what or "result"
     if exact.dtype != torch.float64:
@@ -42,7 +46,7 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, *, what: 
             f"got {actual.dtype} {list(actual.shape)}"
         )
     error, plain_error = max_error(actual, exact), max_error(plain, exact)
-    scale = max_error(exact, exact.new_zeros(()))
+    scale = max(magnitude, max_error(exact, exact.new_zeros(())))
     budget = 2 * plain_error + torch.finfo(plain.dtype).eps * scale
     # An infinite budget would pass anything, and a NaN on either side must fail.
     if not (math.isfinite(budget) and error <= budget):

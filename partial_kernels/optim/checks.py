@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from partial_kernels.masks import Mask
+from partial_kernels.masks import Mask, Packed
 from partial_kernels.optim.reference import state_dtype
 
 __all__ = ["check_adamw_options", "check_lists", "check_sgd_options", "check_steps"]
@@ -63,14 +63,14 @@ def check_lists(
         if not param.is_floating_point():
             raise ValueError(f"params[{i}] must be floating point, got {param.dtype}")
         _check_writable(f"params[{i}]", param)
-        dtype = state_dtype(param.dtype)
-        _check_like(f"grads[{i}]", grad, f"params[{i}]", param, {param.dtype, dtype})
-        for name, tensors in states.items():
-            _check_like(f"{name}[{i}]", tensors[i], f"params[{i}]", param, {dtype})
-            _check_writable(f"{name}[{i}]", tensors[i])
         if not isinstance(mask, Mask):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"masks[{i}] must be a Mask, got {type(mask).__name__}")
         mask.check(param.shape)
+        dtype = state_dtype(param.dtype)
+        _check_like(f"grads[{i}]", grad, i, param, mask, {param.dtype, dtype})
+        for name, tensors in states.items():
+            _check_like(f"{name}[{i}]", tensors[i], i, param, mask, {dtype})
+            _check_writable(f"{name}[{i}]", tensors[i])
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -81,12 +81,24 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _check_like(
-    name: str, tensor: Tensor, param_name: str, param: Tensor, dtypes: set[torch.dtype]
+    name: str, tensor: Tensor, i: int, param: Tensor, mask: Mask, dtypes: set[torch.dtype]
 ) -> None:
+    if (
+        isinstance(tensor, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+        and tensor.shape == param.shape
+        and tensor.dtype in dtypes
+        and tensor.device == param.device
+        and tensor.layout == torch.strided
+    ):
+        return
+    param_name = f"params[{i}]"
     _check_tensor(name, tensor)
-    if tensor.shape != param.shape:
+    packed = [len(mask.index)] if isinstance(mask, Packed) else None
+    if tensor.shape != param.shape and list(tensor.shape) != packed:
+        or_packed = "" if packed is None else f" or the packed {packed}"
         raise ValueError(
-            f"{name} must have {param_name}'s shape {list(param.shape)}, got {list(tensor.shape)}"
+            f"{name} must have {param_name}'s shape {list(param.shape)}{or_packed}, "
+            f"got {list(tensor.shape)}"
         )
     if tensor.device != param.device:
         raise ValueError(
@@ -100,7 +112,7 @@ def _check_like(
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:
-    if any(
+    if not tensor.is_contiguous() and any(
         step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         raise ValueError(

@@ -40,7 +40,7 @@ def masked_sgd_(
         b = momentum b + d
         p = p - lr b                   (Nesterov: p - lr (d + momentum b); no momentum: p - lr d)
 
-    Bit for bit what torch.optim.SGD computes on those elements (fp32, CPU).
+    Bit for bit what torch.optim.SGD computes on those elements (CPU; NaN's payload apart).
 
     An element outside its mask is neither read nor written, in any of the tensors. Arithmetic is
     in the state's dtype and rounded once at the store. Deterministic. Not recorded by autograd,
@@ -48,7 +48,8 @@ def masked_sgd_(
 
     Args:
         params: tensors of any shape and strides. One may occur several times, with disjoint masks.
-        grads: gradients of the parameters' shapes, in the parameters' or the state's dtype.
+        grads: gradients of the parameters' shapes, in the parameters' or the state's dtype. Where
+            the mask is ``Packed``, they and the state may instead hold its elements alone, ``[N]``.
         momentum_buffers: b, of the parameters' shapes, fp32 (fp64 for fp64 parameters); before a
             region's first update -0.0 (which, unlike 0.0, leaves the sign of a zero gradient) or
             0.0. Not used and may be None without momentum.
@@ -102,7 +103,9 @@ def masked_adamw_(
         v = beta2 v + (1 - beta2) g^2
         p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-    Bit for bit what torch.optim.AdamW computes on those elements (fp32, CPU).
+    On the CPU m and v are bit for bit what torch.optim.AdamW computes on those elements, and with
+    impl="reference" p is, too. The native backend rounds sqrt(v) correctly, while torch built with
+    MKL is off by one unit in its last place now and then.
 
     An element outside its mask is neither read nor written, in any of the tensors. Arithmetic is
     in the states' dtype and rounded once at the store. Deterministic. Not recorded by autograd,
@@ -110,7 +113,9 @@ def masked_adamw_(
 
     Args:
         params: tensors of any shape and strides. One may occur several times, with disjoint masks.
-        grads: gradients of the parameters' shapes, in the parameters' or the states' dtype.
+        grads: gradients of the parameters' shapes, in the parameters' or the states' dtype. Where
+            the mask is ``Packed``, they and the states may instead hold its elements alone,
+            ``[N]``.
         exp_avgs, exp_avg_sqs: m and v, of the parameters' shapes, fp32 (fp64 for fp64 parameters);
             0 before a region's first update.
         masks: one mask per parameter.

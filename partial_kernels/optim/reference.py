@@ -2,7 +2,8 @@
 
 Per selected element, in the states' dtype (fp32, or fp64 for fp64 parameters), rounded once when
 stored; g is the gradient, t the number of updates the region has had with this one. No other
-element is read or written.
+element is read or written. Where elements are selected by their positions, gradients and states may
+hold these alone, in the same order.
 
 SGD::
 
@@ -45,6 +46,11 @@ ADAMW = Op(
 )
 
 
+def _read(tensor: Tensor, param: Tensor, where: Sequence[Tensor | None]) -> Tensor:
+    """The selected elements of a gradient or a state, which may be all that it holds."""
+    return read(tensor, *where) if tensor.shape == param.shape else tensor
+
+
 def state_dtype(param: torch.dtype) -> torch.dtype:
     """The dtype of the optimizer state, and of the arithmetic, for parameters of this dtype."""
     return torch.float64 if param == torch.float64 else torch.float32
@@ -68,11 +74,11 @@ def sgd_reference(
         zip(params, grads, rows, cols, elements, strict=True)
     ):
         dtype = state_dtype(param.dtype)
-        p, g = (read(t, *where).to(dtype) for t in (param, grad))
+        p, g = read(param, *where).to(dtype), _read(grad, param, where).to(dtype)
         if weight_decay != 0:
             g = g.add(p, alpha=weight_decay)
         if momentum != 0:
-            buffer = read(momentum_buffers[i], *where)
+            buffer = _read(momentum_buffers[i], param, where)
             buffer.mul_(momentum).add_(g)
             write(momentum_buffers[i], buffer, *where)
             g = g.add(buffer, alpha=momentum) if nesterov else buffer
@@ -101,7 +107,8 @@ def adamw_reference(
         params, grads, exp_avgs, exp_avg_sqs, steps, rows, cols, elements, strict=True
     ):
         dtype = state_dtype(param.dtype)
-        p, g, m, v = (read(t, *where).to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))
+        p = read(param, *where).to(dtype)
+        g, m, v = (_read(t, param, where).to(dtype) for t in (grad, exp_avg, exp_avg_sq))
         if weight_decay != 0:
             p.mul_(1 - rate * weight_decay)
         m.lerp_(g, 1 - beta1)

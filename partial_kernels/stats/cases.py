@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from partial_kernels._core.contest import Contest
 from partial_kernels._core.region_cases import arranged, masks
 from partial_kernels._core.testing import poisoned
 from partial_kernels.masks import Element, Full, Mask, Prefix
 from partial_kernels.stats.function import MaskedStats, masked_stats
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "flops"]
+# Without a complete type.
+_foreach_norm: Any = cast("Any", torch)._foreach_norm
+
+__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,24 @@ def flops(case: Case) -> int:
 def bytes_moved(case: Case) -> int:
     """Bytes if every element that counts moves once; the mask itself does not count."""
     return case.dtype.itemsize * case.tensors * (math.prod(case.shape) + case.kept)
+
+
+def contest(case: Case) -> Contest:
+    """All four sums against the norms of both lists alone.
+
+    A mask by element is a third list to read, and its bar another.
+    """
+    arguments = case.make()
+    lists = [*arguments["grads"], *arguments["other_grads"]]
+
+    def ours() -> object:
+        return masked_stats(**arguments)
+
+    def baseline() -> object:
+        return torch.stack(_foreach_norm(lists)).view(2, -1).unbind()
+
+    bar = 1.4 if isinstance(case.mask, Element) else 0.95
+    return Contest(ours, {"_foreach_norm": baseline}, flops(case), bytes_moved(case), bar)
 
 
 def _cases() -> tuple[Case, ...]:

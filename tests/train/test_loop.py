@@ -74,6 +74,7 @@ def schedule(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
 @pytest.mark.parametrize("steps", [1, 50])
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.usefixtures("correct_roots")
 def test_standard_training_is_the_stock_loop_bit_for_bit(kind: str, clip: float | None, steps: int):
     stock = conv_net(nn.Conv2d, nn.BatchNorm2d, nn.Linear)
     if kind == "sgd":

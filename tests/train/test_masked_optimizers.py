@@ -111,6 +111,7 @@ NESTED: dict[str, tuple[tuple[int, ...], list[pk.Mask]]] = {
 
 @pytest.mark.parametrize("name", NESTED)
 @every_rule
+@pytest.mark.usefixtures("correct_roots")
 def test_nested_steps_are_torch_optim_on_regions_of_their_own(rule: str, name: str) -> None:
     ours, theirs, options = RULES[rule]
     shape, masks = NESTED[name]
@@ -177,6 +178,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @every_rule
+@pytest.mark.usefixtures("correct_roots")
 def test_whole_steps_are_torch_optim_bit_for_bit(rule: str, schedule: str) -> None:
     ours, theirs, options = RULES[rule]
     params, copies = shapes(), shapes()
@@ -212,6 +214,7 @@ def test_momentum_starts_from_the_gradient_and_keeps_the_sign_of_zeros(nesterov:
 
 
 @two_rules
+@pytest.mark.usefixtures("correct_roots")
 def test_groups_have_their_own_options(rule: str) -> None:
     ours, theirs, options = RULES[rule]
     results = []
@@ -567,6 +570,7 @@ def test_grad_scaler_skips_steps_with_infinite_gradients() -> None:
 
 
 @two_rules
+@pytest.mark.usefixtures("correct_roots")
 def test_clipping_and_accumulated_gradients(rule: str) -> None:
     ours, theirs, options = RULES[rule]
     results = []

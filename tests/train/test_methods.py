@@ -430,6 +430,7 @@ def test_core_steps_leave_all_else_bitwise_alone(rule: str, make: Callable[[], n
 
 @pytest.mark.parametrize("make", [mlp, resnet])
 @optimizers
+@pytest.mark.usefixtures("correct_roots")
 def test_standard_is_a_stock_loop_bit_for_bit(rule: str, make: Callable[[], nn.Module]) -> None:
     ours, theirs, options = OPTIMIZERS[rule]
     model = make()

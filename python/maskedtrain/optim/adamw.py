@@ -30,7 +30,8 @@ class MaskedAdamW(MaskedOptimizer):
 
     t is an element's own count of updates as long as all masks its parameter is updated with are
     nested (ATS, hierarchies of sub-networks): every element ends where torch.optim.AdamW would take
-    it, were its region stored as a separate parameter, bit for bit (fp32, CPU). From the first two
+    it, were its region stored as a separate parameter, bit for bit (CPU) but for torch's square
+    root, which MKL may round wrongly. From the first two
     masks of a parameter that cross on (neither holds the other, as with masks drawn anew at each
     step), or with more than 32 nested ones, t is the parameter's count of updates, whichever of its
     elements they touched; this is for good.

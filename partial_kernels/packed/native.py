@@ -1,0 +1,48 @@
+"""C++ backends of ``packed_linear`` on the CPU: a gradient that costs what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from partial_kernels.packed.reference import DVALUES, DX, FORWARD, dx, few_tokens, forward
+
+_ops: Any = torch.ops.partial_kernels
+_merged = _ops.packed_merged_cpu.default
+_sampled = _ops.packed_sampled_cpu.default
+
+
+def _supports(*arguments: Any) -> str | None:
+    tensors = [t for t in arguments if isinstance(t, Tensor) and t.is_floating_point()]
+    if tensors[0].device.type != "cpu":
+        return f"it runs on the CPU, got {tensors[0].device}"
+    if any(t.dtype != torch.float32 for t in tensors):
+        return f"it computes in fp32, got {', '.join(str(t.dtype) for t in tensors)}"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With contiguous rows."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+@FORWARD.backend("native", _supports)
+def _(x: Tensor, weight: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    if few_tokens(x.shape[0], weight, index):
+        return forward(x, weight, values, index, bias)
+    return F.linear(x, _merged(weight.contiguous(), values, index.contiguous()), bias)
+
+
+@DX.backend("native", _supports)
+def _(dy: Tensor, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    if few_tokens(dy.shape[0], weight, index):
+        return dx(dy, weight, values, index)
+    return dy @ _merged(weight.contiguous(), values, index.contiguous())
+
+
+@DVALUES.backend("native", _supports)
+def _(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    return _sampled(_rows(dy), _rows(x), index.contiguous())
