@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from partial_kernels.lfc import MergeCache, lfc_linear
     from partial_kernels.optim import masked_adamw_, masked_sgd_
     from partial_kernels.packed import packed_linear
+    from partial_kernels.select import topk_select
     from partial_kernels.stats import MaskedStats, masked_stats
     from partial_kernels.submatrix import masked_linear
+    from partial_kernels.topk import topk_linear
 
 __version__ = "0.1.0"
 
@@ -45,4 +47,6 @@ __all__ = [
     "masked_sgd_",
     "masked_stats",
     "packed_linear",
+    "topk_linear",
+    "topk_select",
 ]

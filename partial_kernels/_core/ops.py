@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import flop_counter
 
-__all__ = ["Choice", "Explained", "Op", "explaining", "plain_call"]
+__all__ = ["Choice", "Explained", "Op", "asks", "explaining", "plain_call"]
 
 # Parts of torch without complete types.
 _torch: Any = torch
@@ -150,6 +150,19 @@ class Op:
             reasons[wanted] = f"{self.name} has no such backend"
         return chosen, Choice(self.name, chosen.name if chosen else None, reasons)
 
+    def announce(self, *args: Any) -> None:
+        """Say that a backward will call this op, with arguments like these; where ``asks(impl)``.
+
+        Raises:
+            RuntimeError: the backend that the last of them names cannot run it.
+            Explained: within ``explaining()``.
+        """
+        chosen, choice = self.choose(*args)
+        if _explaining.get():
+            raise Explained(choice)
+        if chosen is None:
+            raise RuntimeError(str(choice))
+
     def _first(self, inputs: list[Any], wanted: str) -> Backend | None:
         """The backend that ``choose`` chooses."""
         for backend in self.backends:
@@ -198,6 +211,12 @@ def _are_plain(args: Sequence[Any]) -> bool:
 
 def _several(arg: Any) -> Any:
     return arg if arg.__class__ is list else (arg,)
+
+
+def asks(impl: str) -> bool:
+    """Whether somebody wants to know now which backend a backward will use."""
+    # Dynamo does not trace context variables; nothing is explained where it traces.
+    return not torch.compiler.is_compiling() and (impl != "auto" or _explaining.get())
 
 
 def plain_call(name: str, impl: str) -> None:

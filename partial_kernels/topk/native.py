@@ -1,0 +1,43 @@
+"""C++ backends of the row-sparse products on the CPU: no dense dy, time in proportion to k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
+
+_ops: Any = torch.ops.partial_kernels
+_dx = _ops.topk_row_dx_cpu.default
+_dweight = _ops.topk_row_dweight_cpu.default
+
+# A dense product runs so many times as many FLOPs a second.
+DENSE_SPEED = 3
+
+
+def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
+    if not dy.is_cpu:
+        return f"it runs on the CPU, got {dy.device}"
+    if dy.dtype != torch.float32 or other.dtype != torch.float32:
+        return f"it computes in fp32, got {dy.dtype} and {other.dtype}"
+    k, outputs = index.shape[1], dy.shape[1]
+    if DENSE_SPEED * k > outputs:
+        return f"a dense product is faster for k > outputs / {DENSE_SPEED}, got {k} of {outputs}"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With contiguous rows."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+@ROW_DX.backend("native", _supports)
+def _(dy: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    return _dx(_rows(dy), index.contiguous(), _rows(weight))
+
+
+@ROW_DWEIGHT.backend("native", _supports)
+def _(dy: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    return _dweight(_rows(dy), index.contiguous(), _rows(x))
