@@ -62,7 +62,8 @@ def masked_linear(
     Source: partial SGD with masks p_t, Algorithm 1 of "Masked Training of Neural Networks with
     Partial Gradients" (AISTATS 2022).
     """
-    if type(mask) not in (Full, *_BY_MASK):
+    linear = _BY_MASK.get(type(mask))
+    if linear is None and type(mask) is not Full:
         kinds = ", ".join(sorted(kind.__name__ for kind in (Full, *_BY_MASK)))
         raise TypeError(f"mask must be one of {kinds}, got {type(mask).__name__}")
     if weight.ndim != 2:
@@ -70,10 +71,14 @@ def masked_linear(
     mask.check(weight.shape)
     rows, cols = mask.restricted_shape(weight.shape)
     check_linear(x, weight, bias, rows=rows, cols=cols)
-    if isinstance(mask, Full):
+    if linear is None:
         plain_call("masked_linear", impl)
         return F.linear(x, weight, bias)
+    dtype = compute_dtype(x)
+    # What changes nothing costs a microsecond all the same.
+    x_TI = x if x.dtype is dtype else x.to(dtype)
+    if x.ndim == 2:
+        return linear(x_TI, weight, bias, mask, impl)
     # -1 for the tokens would be ambiguous where no column is kept.
-    x_TI = x.to(compute_dtype(x)).reshape(math.prod(x.shape[:-1]), cols)
-    linear = _BY_MASK[type(mask)]
+    x_TI = x_TI.reshape(math.prod(x.shape[:-1]), cols)
     return linear(x_TI, weight, bias, mask, impl).reshape(*x.shape[:-1], rows)

@@ -204,13 +204,15 @@ def _are_plain(args: Sequence[Any]) -> bool:
     """Whether these, and what is in lists of them, are numbers, names and plain tensors; of the
     first tensor, also that it has data.
     """
-    if not all(_PLAIN.issuperset(map(type, _several(arg))) for arg in args):
+    kinds = set(map(type, args))
+    if kinds <= _PLAIN:
+        return not args[0].is_meta
+    if not kinds <= {list, *_PLAIN}:
         return False
-    return not _several(args[0])[0].is_meta
-
-
-def _several(arg: Any) -> Any:
-    return arg if arg.__class__ is list else (arg,)
+    lists: list[list[Any]] = [arg for arg in args if arg.__class__ is list]
+    if not all(_PLAIN.issuperset(map(type, several)) for several in lists):
+        return False
+    return not (lists[0][0] if args[0] is lists[0] else args[0]).is_meta
 
 
 def asks(impl: str) -> bool:
