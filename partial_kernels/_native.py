@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from sysconfig import get_config_var
 from typing import Any
+
+__all__ = ["NativeStatus", "OutdatedLibrary", "native_op", "native_status"]
 
 # The library leaves libtorch's symbols to be found in the process, so torch is loaded first.
 import torch
@@ -33,6 +36,25 @@ def native_status() -> NativeStatus:
         reason = f"it does not load with torch {torch.__version__}: {error}"
         return NativeStatus(available=False, reason=reason)
     return NativeStatus(available=True, info=library.build_info())
+
+
+class OutdatedLibrary(ImportError):
+    """The library was compiled before this package had one of its kernels."""
+
+
+def native_op(name: str) -> Callable[..., Any]:
+    """An op of the compiled library, which must be available.
+
+    Raises:
+        OutdatedLibrary: it has no such op.
+    """
+    packet = getattr(torch.ops.partial_kernels, name, None)
+    if packet is None:
+        raise OutdatedLibrary(
+            f"the compiled library is older than the package and has no {name}; "
+            "run `pip install -e .`"
+        )
+    return packet.default
 
 
 def _not_built() -> str:

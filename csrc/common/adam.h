@@ -368,35 +368,23 @@ void masked(const void* options, const Pointers& base, const Line* lines, int64_
 #endif
 }
 
-// Writes to `lines` those of n elements that have any element inside; returns how many. Each is
-// written, and kept if there is something in it.
-inline int64_t find_lines(const uint8_t* inside, int64_t n, Line* lines) {
+// Writes to `lines` those of n elements that have any element inside, the bits from `first` on; returns
+// how many. There are 8 bytes that may be read behind the last bit.
+inline int64_t find_lines(const uint8_t* bits, int64_t first, int64_t n, Line* lines) {
+  constexpr uint64_t line_mask = (uint64_t(1) << line_size) - 1;
   Line* to = lines;
-  int64_t first = 0;
-#if PK_AVX512
-  for (; first + 64 <= n; first += 64) {
-    const __m512i bytes = _mm512_loadu_si512(inside + first);
-    uint64_t mask = _mm512_test_epi8_mask(bytes, bytes);
-    for (int32_t index = int32_t(first / line_size); mask; ++index, mask >>= line_size) {
-      *to = {index, uint32_t(mask & 0xffff)};
-      to += (mask & 0xffff) != 0;
+  for (int64_t i = 0; i < n; i += 64) {
+    const uint8_t* at = bits + (first + i) / 8;
+    const int64_t shift = (first + i) % 8;
+    uint64_t word;
+    std::memcpy(&word, at, sizeof word);
+    if (shift) word = word >> shift | uint64_t(at[8]) << (64 - shift);
+    if (n - i < 64) word &= (uint64_t(1) << (n - i)) - 1;
+    while (word) {
+      const int64_t k = std::countr_zero(word) / line_size, from = k * line_size;
+      *to++ = {int32_t(i / line_size + k), uint32_t(word >> from & line_mask)};
+      word &= ~(line_mask << from);
     }
-  }
-#endif
-  for (; first < n; first += line_size) {
-    const int64_t rest = std::min(line_size, n - first);
-    uint32_t mask = 0;
-    if (rest == line_size) {
-      // The products bring the lowest bits of eight bytes, each 0 or 1, together in the top one.
-      uint64_t eights[2];
-      std::memcpy(eights, inside + first, sizeof eights);
-      constexpr uint64_t gather = 0x0102040810204080;
-      mask = uint32_t(eights[0] * gather >> 56) | uint32_t(eights[1] * gather >> 56) << 8;
-    } else {
-      for (int64_t k = 0; k < rest; ++k) mask |= uint32_t(inside[first + k] != 0) << k;
-    }
-    *to = {int32_t(first / line_size), mask};
-    to += mask != 0;
   }
   return to - lines;
 }

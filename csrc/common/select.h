@@ -89,7 +89,8 @@ int64_t count_from(const T* row, int64_t n, uint32_t least) {
 // Keys are counted by so many, and zeros, which change nothing, fill the last of them up. As signed
 // numbers, which every ISA compares; the compiler splits what is wider than a register.
 constexpr int64_t group = 16;
-typedef int32_t Group __attribute__((vector_size(4 * group), aligned(4), may_alias));
+typedef int32_t Group __attribute__((vector_size(4 * group)));
+typedef int32_t GroupInMemory __attribute__((vector_size(4 * group), aligned(4), may_alias));
 
 // By reference: how wide vectors are passed depends on the ISA.
 inline void keep_smaller(Group& a, const Group& b) { a = b < a ? b : a; }
@@ -119,7 +120,7 @@ inline Split split(const uint32_t* keys, int64_t n, uint32_t middle) {
   const Group none = Group{} + int32_t(infinity + 1), limit = Group{} + int32_t(middle);
   Group least = none, most{}, count{};
   for (int64_t i = 0; i < n; i += group) {
-    const Group some = *reinterpret_cast<const Group*>(keys + i), inside = some >= limit;
+    const Group some = *reinterpret_cast<const GroupInMemory*>(keys + i), inside = some >= limit;
     count -= inside;
     keep_smaller(least, inside ? some : none);
     keep_larger(most, inside ? Group{} : some);
@@ -130,9 +131,9 @@ inline Split split(const uint32_t* keys, int64_t n, uint32_t middle) {
 
 // The k-th largest of n keys, 1 <= k <= n, a multiple of `group`.
 inline uint32_t kth_key(const uint32_t* keys, int64_t n, int64_t k) {
-  Group least = *reinterpret_cast<const Group*>(keys), most = least;
+  Group least = *reinterpret_cast<const GroupInMemory*>(keys), most = least;
   for (int64_t i = group; i < n; i += group) {
-    const Group some = *reinterpret_cast<const Group*>(keys + i);
+    const Group some = *reinterpret_cast<const GroupInMemory*>(keys + i);
     keep_smaller(least, some), keep_larger(most, some);
   }
   auto low = uint32_t(reduced(least, keep_smaller)), high = uint32_t(reduced(most, keep_larger));

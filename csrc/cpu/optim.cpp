@@ -74,7 +74,7 @@ struct Kernels {
                const Strides& strides, int64_t n);
   void (*masked)(const void* options, const Pointers& base, const Line* lines, int64_t count,
                  int64_t ahead, const Strides& jump);
-  int64_t (*find_lines)(const uint8_t* inside, int64_t n, Line* lines);
+  int64_t (*find_lines)(const uint8_t* bits, int64_t first, int64_t n, Line* lines);
 };
 
 #define PK_KERNELS "common/adam.h"
@@ -96,7 +96,7 @@ constexpr int64_t offset_block = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Parameter, gradient, two states, bool mask.
+// Parameter, gradient, two states; the bits of a mask, whose distances are in bits.
 constexpr size_t streams = 5;
 using Bytes = std::array<int64_t, streams>;
 
@@ -112,7 +112,8 @@ struct Dim {
 struct Region {
   enum class Kind { run, lines, elements, strided, indexed, strided_elements, positions, unravel };
   Kind kind;
-  std::array<char*, streams> base;
+  std::array<char*, 4> base;
+  const uint8_t* bits;
   // Slowest first. A row is one setting of them; `unravel` has all dimensions here.
   std::vector<Dim> outer;
   // Elements of a row (lines, positions), and where they are.
@@ -143,7 +144,7 @@ struct Region {
   }
 
   void step(int64_t item) const;
-  void step_row(const Pointers& at, const uint8_t* inside, int64_t begin, int64_t end,
+  void step_row(const Pointers& at, int64_t first_bit, int64_t begin, int64_t end,
                 const Strides& jump) const;
   void step_positions(int64_t begin, int64_t end) const;
 };
@@ -171,7 +172,7 @@ void Region::step(int64_t item) const {
         if (at[s])
           for (int64_t byte = 0; byte < inner * size[s]; byte += 64)
             __builtin_prefetch(at[s] + jump[s] + byte, 0, 2);
-    step_row(at, reinterpret_cast<const uint8_t*>(base[4] + now[4]), begin, end, jump);
+    step_row(at, now[4], begin, end, jump);
     if (ask_ahead) {
       now = next[0];
       std::copy(next.begin() + 1, next.end(), next.begin());
@@ -182,7 +183,7 @@ void Region::step(int64_t item) const {
   }
 }
 
-void Region::step_row(const Pointers& row, const uint8_t* inside, int64_t begin, int64_t end,
+void Region::step_row(const Pointers& row, int64_t first_bit, int64_t begin, int64_t end,
                       const Strides& jump) const {
   const auto at = [&](int64_t i) {
     Pointers moved{};
@@ -201,7 +202,7 @@ void Region::step_row(const Pointers& row, const uint8_t* inside, int64_t begin,
       break;
     case Kind::elements: {
       std::array<Line, mask_chunk / line_size> found;
-      const int64_t count = kernels.find_lines(inside + begin, end - begin, found.data());
+      const int64_t count = kernels.find_lines(bits, first_bit + begin, end - begin, found.data());
       if (count) kernels.masked(options, at(begin), found.data(), count, lines_ahead, {});
       break;
     }
@@ -218,7 +219,8 @@ void Region::step_row(const Pointers& row, const uint8_t* inside, int64_t begin,
       const Offsets offsets{found.data(), found.data(), found.data(), found.data()};
       int64_t count = 0;
       for (int64_t i = begin; i < end; ++i) {
-        if (inside[i * along.stride[4]]) found[size_t(count++)] = i;
+        const int64_t bit = first_bit + i * along.stride[4];
+        if (bits[bit / 8] >> (bit % 8) & 1) found[size_t(count++)] = i;
         if (count == offset_block || i + 1 == end) {
           kernels.list(options, row, offsets, strides, count);
           count = 0;
@@ -271,6 +273,28 @@ struct Arguments {
   const Selections &rows, &cols, &elements;
 };
 
+// Of a mask's n bits, the first of which is the lowest of the first byte; with what kernels may read
+// behind them.
+int64_t bytes_of_bits(int64_t n) { return ceil_div(n, 8) + 16; }
+
+Tensor mask_bits(const Tensor& mask) {
+  const int64_t n = mask.numel();
+  STD_TORCH_CHECK(mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
+                  "a mask must be contiguous and bool");
+  Tensor out = torch::stable::new_zeros(mask, {bytes_of_bits(n)}, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(mask.const_data_ptr());
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    // The product brings the lowest bits of eight bytes, each 0 or 1, together in the top one.
+    uint64_t eight;
+    std::memcpy(&eight, from + i, sizeof eight);
+    to[i / 8] = uint8_t(eight * 0x0102040810204080 >> 56);
+  }
+  for (; i < n; ++i) to[i / 8] = uint8_t(to[i / 8] | from[i] << (i % 8));
+  return out;
+}
+
 Dtypes dtypes_of(const Tensor& param, const Tensor& grad) {
   const ScalarType p = param.scalar_type(), g = grad.scalar_type();
   if (p == ScalarType::Float && g == p) return Dtypes::fp32;
@@ -322,9 +346,9 @@ void merge(std::vector<Dim>& dims) {
 
 // Whether its elements adjoin in every stream that there is.
 bool dense(const Region& region, const Dim& dim) {
-  for (size_t s = 0; s < streams; ++s)
+  for (size_t s = 0; s < 4; ++s)
     if (region.base[s] && dim.stride[s] != region.size[s]) return false;
-  return true;
+  return !region.bits || dim.stride[4] == 1;
 }
 
 // The lines of a row in which the listed groups of `group` elements take part.
@@ -342,7 +366,7 @@ std::vector<Line> lines_of(const Dim& listed, int64_t group) {
 // Elements from one row to the next, if that is the same in all streams and the rows are dense;
 // else 0.
 int64_t pitch_of(const Region& region, const Dim& along, const std::vector<Dim>& outer) {
-  if (region.base[4] || along.index || outer.empty() || outer.back().index ||
+  if (region.bits || along.index || outer.empty() || outer.back().index ||
       !dense(region, along))
     return 0;
   const int64_t pitch = outer.back().stride[0] / region.size[0];
@@ -375,7 +399,7 @@ bool choose_rows(Region& region, std::vector<Dim> dims, const int64_t* positions
   }
   // A dimension of one position only moves the base.
   std::erase_if(dims, [&](const Dim& dim) {
-    for (size_t s = 0; dim.size == 1 && dim.index && s < streams; ++s)
+    for (size_t s = 0; dim.size == 1 && dim.index && s < 4; ++s)
       if (region.base[s]) region.base[s] += *dim.index * dim.stride[s];
     return dim.size == 1;
   });
@@ -384,7 +408,8 @@ bool choose_rows(Region& region, std::vector<Dim> dims, const int64_t* positions
   merge(dims);
   if (dims.empty()) {
     dims.push_back({1, {}, nullptr});
-    for (size_t s = 0; s < streams; ++s) dims[0].stride[s] = region.size[s];
+    for (size_t s = 0; s < 4; ++s) dims[0].stride[s] = region.size[s];
+    dims[0].stride[4] = 1;
   }
   Dim along = dims.back();
   dims.pop_back();
@@ -422,7 +447,7 @@ bool choose_rows(Region& region, std::vector<Dim> dims, const int64_t* positions
     region.inner = along.size;
     if (along.index)
       region.kind = Kind::indexed;
-    else if (region.base[4])
+    else if (region.bits)
       region.kind = unit ? Kind::elements : Kind::strided_elements;
     else
       region.kind = unit ? Kind::run : Kind::strided;
@@ -446,7 +471,7 @@ void cut(Region& region) {
     for (const Dim& dim : region.outer) region.rows *= dim.size;
   // Moved by one element; what is in a line comes and goes with it.
   int64_t bytes = 0, all_bytes = 0;
-  for (size_t s = 0; s < streams; ++s) {
+  for (size_t s = 0; s < 4; ++s) {
     if (!region.base[s]) continue;
     bytes += region.size[s] * (s == 0 || s == 2 || s == 3 ? 2 : 1);
     all_bytes += region.size[s] * region.inner;
@@ -470,7 +495,7 @@ Region make_region(const Arguments& arguments, size_t i, const void* options,
   Region region{};
   region.options = options;
   region.kernels = kernels(dtypes);
-  std::array<const Tensor*, streams> tensors{&param, &grad};
+  std::array<const Tensor*, 4> tensors{&param, &grad};
   for (size_t k = 0; k < 2; ++k) {
     if (!arguments.states[k]) continue;
     tensors[2 + k] = &(*arguments.states[k])[i];
@@ -479,16 +504,19 @@ Region make_region(const Arguments& arguments, size_t i, const void* options,
   }
   const auto &rows = arguments.rows[i], &cols = arguments.cols[i], &picked = arguments.elements[i];
   STD_TORCH_CHECK(!picked || (!rows && !cols), "elements cannot be selected by rows or cols, too");
-  const bool by_mask = picked && picked->scalar_type() == ScalarType::Bool;
+  const bool by_mask = picked && picked->scalar_type() == ScalarType::Byte;
   const bool by_position = picked && !by_mask && picked->dim() == 1;
   STD_TORCH_CHECK(!picked || by_mask || by_position,
-                  "a selection must be a 1-D int64 index or a bool mask");
-  if (by_mask) tensors[4] = &*picked;
-
+                  "a selection must be a 1-D int64 index or a mask's bits");
   const int64_t dim = param.dim(), numel = param.numel();
   STD_TORCH_CHECK((!rows || dim >= 1) && (!cols || dim >= 2), "there are no such dimensions");
   std::vector<Dim> dims(static_cast<size_t>(dim));
-  for (size_t s = 0; s < streams; ++s) {
+  if (by_mask) {
+    STD_TORCH_CHECK(picked->numel() == bytes_of_bits(numel), "tensors must have one shape");
+    region.bits = picked->const_data_ptr<uint8_t>();
+    for (int64_t d = dim, step = 1; d-- > 0; step *= param.size(d)) dims[size_t(d)].stride[4] = step;
+  }
+  for (size_t s = 0; s < 4; ++s) {
     if (!tensors[s]) continue;
     const Tensor& tensor = *tensors[s];
     region.size[s] = int64_t(tensor.element_size());
@@ -593,6 +621,7 @@ void adamw(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(partial_kernels, m) {
+  m.def("mask_bits_cpu(Tensor mask) -> Tensor");
   m.def(
       "masked_sgd_cpu(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor?[] rows, Tensor?[] cols, Tensor?[] elements, float lr, float momentum, "
@@ -604,6 +633,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(partial_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(partial_kernels, CPU, m) {
+  m.impl("mask_bits_cpu", TORCH_BOX(&mask_bits));
   m.impl("masked_sgd_cpu", TORCH_BOX(&sgd));
   m.impl("masked_adamw_cpu", TORCH_BOX(&adamw));
 }

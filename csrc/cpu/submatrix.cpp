@@ -53,6 +53,7 @@ Tensor selected(const Tensor& weight, int64_t rows, int64_t columns, const int64
   U* from = static_cast<U*>(weight.data_ptr());
   if (!row_at && !column_at) return view(weight, from, rows, columns, row_step, step);
   Tensor out = torch::stable::new_empty(weight, {rows, columns});
+  if (rows == 0 || columns == 0) return out;
   U* to = static_cast<U*>(out.mutable_data_ptr());
   const int64_t rows_each = std::max<int64_t>(1, grain / int64_t(columns * sizeof(U) + 1));
   torch::stable::parallel_for(0, rows, rows_each, [&](int64_t begin, int64_t end) {
@@ -121,6 +122,7 @@ template <class U>
 void spread(const Tensor& out, const U* small, int64_t rows, int64_t columns, const int64_t* row_at,
             const int64_t* column_at) {
   const int64_t outputs = out.size(0), inputs = out.size(1);
+  if (inputs == 0) return;
   U* to = static_cast<U*>(out.data_ptr());
   const int64_t rows_each = std::max<int64_t>(1, grain / int64_t(inputs * sizeof(U) + 1));
   torch::stable::parallel_for(0, outputs, rows_each, [&](int64_t begin, int64_t end) {
@@ -128,7 +130,7 @@ void spread(const Tensor& out, const U* small, int64_t rows, int64_t columns, co
     int64_t r = row_at ? std::lower_bound(row_at, row_at + rows, begin) - row_at : begin;
     for (int64_t o = begin; o < end; ++o) {
       U* row = to + o * inputs;
-      if (r >= rows || (row_at && row_at[r] != o)) {
+      if (columns == 0 || r >= rows || (row_at && row_at[r] != o)) {
         std::memset(row, 0, size_t(inputs) * sizeof(U));
         continue;
       }

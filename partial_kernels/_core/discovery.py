@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from partial_kernels._native import native_status
+from partial_kernels._native import OutdatedLibrary, native_status
 
 __all__ = ["cases", "families", "load", "unavailable"]
 
 PACKAGE = __name__.split(".", 1)[0]
 _ROOT = Path(__file__).resolve().parents[1]
+_outdated: dict[str, str] = {}
 
 
 def families() -> list[str]:
@@ -24,7 +26,14 @@ def families() -> list[str]:
 
 
 def unavailable() -> dict[str, str]:
-    """Backends that cannot be loaded in this process, with the reason."""
+    """Backends that are not loaded in this process, for some family at least, with the reason."""
+    reasons = _missing()
+    if _outdated:
+        reasons["native"] = next(iter(_outdated.values()))
+    return reasons
+
+
+def _missing() -> dict[str, str]:
     reasons: dict[str, str] = {}
     native = native_status()
     if native.reason is not None:
@@ -36,11 +45,16 @@ def unavailable() -> dict[str, str]:
 
 def load(family: str) -> ModuleType:
     """Import a family and the backends it has that can be loaded here."""
-    missing = unavailable()
+    missing = _missing()
     module = importlib.import_module(f"{PACKAGE}.{family}")
     for backend, file in (("native", "native"), ("triton", "kernels")):
-        if backend not in missing and (_ROOT / family / f"{file}.py").exists():
+        if backend in missing or not (_ROOT / family / f"{file}.py").exists():
+            continue
+        try:
             importlib.import_module(f"{PACKAGE}.{family}.{file}")
+        except OutdatedLibrary as outdated:
+            _outdated[family] = str(outdated)
+            warnings.warn(f"{PACKAGE}.{family}: {outdated}", stacklevel=2)
     return module
 
 

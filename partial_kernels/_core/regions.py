@@ -31,9 +31,9 @@ def regions(mask: Mask, tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], S
 
     The tensors have one shape and live on one device.
     """
-    views = [mask.views(tensor) for tensor in tensors]
-    if views[0] is None:
+    if isinstance(mask, Full) or mask.views(tensors[0]) is None:
         return [(list(tensors), selection(mask, tensors[0]))]
+    views = [mask.views(tensor) for tensor in tensors]
     return [(list(pieces), EVERYTHING) for pieces in zip(*views, strict=True)]  # pyright: ignore[reportArgumentType]
 
 
@@ -46,7 +46,7 @@ def selection(mask: Mask, tensor: Tensor) -> Selection:
         return rows, cols, None
     if isinstance(mask, Packed):
         return None, None, mask.index.to(tensor.device)
-    return None, None, mask.dense(tensor.shape, tensor.device)
+    return None, None, mask.laid_out(tensor.shape, tensor.device)
 
 
 def split(

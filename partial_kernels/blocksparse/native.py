@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.blocksparse.reference import OPS
 
-_ops: Any = torch.ops.partial_kernels
-_forward = _ops.blocksparse_forward_cpu.default
-_dx = _ops.blocksparse_dx_cpu.default
-_dweight = _ops.blocksparse_dweight_cpu.default
+_forward = native_op("blocksparse_forward_cpu")
+_dx = native_op("blocksparse_dx_cpu")
+_dweight = native_op("blocksparse_dweight_cpu")
 
 # Smaller blocks fill no vector.
 MIN_SIZE = 8

@@ -45,6 +45,16 @@ class Mask:
         """The mask as a bool tensor of this shape: True inside."""
         raise NotImplementedError
 
+    def laid_out(self, shape: Shape, device: torch.device) -> Tensor:
+        """``dense``, kept for the next call: it is made in every optimizer step."""
+        if torch.compiler.is_compiling():
+            return self.dense(shape, device)
+        where, held = self.__dict__.get("_laid_out", (None, None))
+        if where != (tuple(shape), device):
+            held = self.dense(shape, device).contiguous()
+            self.__dict__["_laid_out"] = (tuple(shape), device), held
+        return cast("Tensor", held)
+
     def restrict(self, tensor: Tensor) -> Tensor:
         """The tensor as the sub-network sees it: cut out if compact, else zero off the mask;
         differentiable.

@@ -16,13 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.optim.reference import ADAMW, SGD, Selections
 
-_ops: Any = torch.ops.partial_kernels
-_sgd = _ops.masked_sgd_cpu.default
-_adamw = _ops.masked_adamw_cpu.default
+_sgd = native_op("masked_sgd_cpu")
+_adamw = native_op("masked_adamw_cpu")
+_mask_bits = native_op("mask_bits_cpu")
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+# The attribute of a mask's tensor that holds its bits, with the version they were made from: they
+# are an eighth of what is to be read in every step.
+_BITS = "_partial_kernels_bits"
+
+
+def _bits(param: Tensor, elements: Tensor | None) -> Tensor | None:
+    if elements is None or elements.dtype != torch.bool:
+        return elements
+    if elements.shape != param.shape:
+        raise RuntimeError(
+            f"tensors must have one shape, got {list(elements.shape)} and {list(param.shape)}"
+        )
+    if elements.is_inference():
+        return _mask_bits(elements.contiguous())
+    version, bits = getattr(elements, _BITS, (None, None))
+    if version != elements._version:
+        bits = _mask_bits(elements.contiguous())
+        setattr(elements, _BITS, (elements._version, bits))
+    return bits
 
 
 def _supports(params: Sequence[Tensor], *rest: Any) -> str | None:
@@ -47,7 +69,7 @@ def _(
     nesterov: bool,
     weight_decay: float,
 ) -> None:
-    where = rows, cols, elements
+    where = rows, cols, [*map(_bits, params, elements)]
     _sgd(params, grads, momentum_buffers, *where, lr.item(), momentum, nesterov, weight_decay)
 
 
@@ -67,5 +89,5 @@ def _(
     eps: float,
     weight_decay: float,
 ) -> None:
-    states, where = (exp_avgs, exp_avg_sqs), (rows, cols, elements)
+    states, where = (exp_avgs, exp_avg_sqs), (rows, cols, [*map(_bits, params, elements)])
     _adamw(params, grads, *states, *where, steps, lr.item(), beta1, beta2, eps, weight_decay)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.packed.reference import DVALUES, DX, FORWARD, dx, few_tokens, forward
 
-_ops: Any = torch.ops.partial_kernels
-_merged = _ops.packed_merged_cpu.default
-_sampled = _ops.packed_sampled_cpu.default
+_merged = native_op("packed_merged_cpu")
+_sampled = native_op("packed_sampled_cpu")
 
 
 def _supports(*arguments: Any) -> str | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.select.reference import SELECT
 
-_ops: Any = torch.ops.partial_kernels
-_select = _ops.topk_select_cpu.default
+_select = native_op("topk_select_cpu")
 
 
 def _supports(x: Tensor, k: int, by_column: bool) -> str | None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.stats.reference import STATS, Selections
 
-_ops: Any = torch.ops.partial_kernels
-_stats = _ops.masked_stats_cpu.default
+_stats = native_op("masked_stats_cpu")
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.submatrix.reference import OPS
 
-_ops: Any = torch.ops.partial_kernels
-_forward = _ops.submatrix_forward_cpu.default
-_dx = _ops.submatrix_dx_cpu.default
-_dweight = _ops.submatrix_dweight_cpu.default
+_forward = native_op("submatrix_forward_cpu")
+_dx = native_op("submatrix_dx_cpu")
+_dweight = native_op("submatrix_dweight_cpu")
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from partial_kernels._native import native_op
 from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
 
-_ops: Any = torch.ops.partial_kernels
-_dx = _ops.topk_row_dx_cpu.default
-_dweight = _ops.topk_row_dweight_cpu.default
+_dx = native_op("topk_row_dx_cpu")
+_dweight = native_op("topk_row_dweight_cpu")
 
 # A dense product runs so many times as many FLOPs a second.
 DENSE_SPEED = 3

@@ -117,7 +117,7 @@ def test_subnormals(isa: str):
 def test_memory_beside_the_result_is_a_tile_a_thread(isa: str):
     dy, x = torch.randn(4096, 64), torch.randn(4096, 512)
     values, index = torch.zeros(1000), torch.arange(1000) * 32
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         DVALUES(dy, x, values, index, "native")
     allocated = [event.cpu_memory_usage for event in profiler.events() or ()]
     # A tile is of 128 tokens at most.

@@ -47,3 +47,36 @@ def test_the_environment_chooses_the_isa_or_the_library_does_not_load(wanted: st
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     expected = {"portable": "'isa': 'portable'", "neon": "PARTIAL_KERNELS_ISA: this processor"}
     assert expected[wanted] in found.stdout
+
+
+_OUTDATED = """
+import warnings
+import torch
+
+complete = torch._ops._OpNamespace.__getattr__
+
+def without_one(self, name):
+    if name == "topk_select_cpu":
+        raise AttributeError(name)
+    return complete(self, name)
+
+torch._ops._OpNamespace.__getattr__ = without_one
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import partial_kernels as pk
+print([str(one.message) for one in caught])
+print(pk.explain("topk_select", torch.ones(2, 3), 1))
+print(pk.explain("masked_linear", torch.ones(2, 3), torch.ones(4, 3), mask=pk.Prefix(2)).backend)
+"""
+
+
+@pytest.mark.skipif(not status.available, reason=f"no compiled library: {status.reason}")
+def test_a_library_older_than_a_kernel_is_a_reason() -> None:
+    command = [sys.executable, "-c", _OUTDATED]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    warning, *choice, other = found.splitlines()
+    missing = "the compiled library is older than the package and has no topk_select_cpu"
+    assert f"partial_kernels.select: {missing}" in warning
+    assert choice[0] == "topk_select: reference"
+    assert f"  not native: {missing}; run `pip install -e .`" in choice
+    assert other == "native"

@@ -73,7 +73,7 @@ def test_the_number_of_threads_changes_no_bit(mask: pk.Mask):
 def test_prefixes_are_not_copied():
     case = replace(LARGE, mask=pk.Prefix(170, 90), bias=False)
     made = case.make()
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         y = pk.masked_linear(**made, impl="native")
     allocated = max(event.cpu_memory_usage for event in profiler.events() or ())
     assert allocated == 4 * y.numel() < 4 * 170 * 90
