@@ -7,6 +7,7 @@ by more than 5 % was disturbed and is thrown away.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 __all__ = ["Disturbed", "Paired", "paired", "seconds"]
 
 CONTROL = 0.05
+# Seconds that a step must take to be timed alone; shorter ones are repeated.
+SHORTEST = 0.01
 
 
 class Disturbed(RuntimeError):
@@ -45,6 +48,16 @@ def seconds(step: Callable[[], object], synchronize: Callable[[], None] = lambda
     return time.perf_counter() - started
 
 
+def repeated(step: Callable[[], object], repeats: int) -> Callable[[], object]:
+    """So many calls as one."""
+
+    def run() -> None:
+        for _ in range(repeats):
+            step()
+
+    return step if repeats == 1 else run
+
+
 def paired(
     a: Callable[[], object],
     b: Callable[[], object],
@@ -55,6 +68,8 @@ def paired(
 ) -> Paired:
     """Time ``b`` against ``a`` until ``rounds`` undisturbed rounds are had.
 
+    Short steps are repeated within a round, both as often.
+
     Raises:
         Disturbed: after three times as many rounds there are still too few: the machine is too
         busy.
@@ -63,10 +78,12 @@ def paired(
     for _ in range(warmup):
         a()
         b()
+    shorter = min(seconds(step, synchronize) for step in (a, b))
+    repeats = math.ceil(SHORTEST / max(shorter, 1e-6))
     kept: list[tuple[float, float, float]] = []
     rejected = 0
     while len(kept) < rounds:
-        first, other, second = (seconds(step, synchronize) for step in (a, b, a))
+        first, other, second = (seconds(repeated(step, repeats), synchronize) for step in (a, b, a))
         if abs(second / first - 1) <= CONTROL:
             kept.append((first, other, second))
         elif (rejected := rejected + 1) > 2 * rounds:
@@ -83,7 +100,7 @@ def paired(
         control=statistics.median(second / first for first, _, second in kept),
         rounds=rounds,
         rejected=rejected,
-        a_ms=1e3 * statistics.median(first for first, _, _ in kept),
-        b_ms=1e3 * statistics.median(other for _, other, _ in kept),
+        a_ms=1e3 * statistics.median(first for first, _, _ in kept) / repeats,
+        b_ms=1e3 * statistics.median(other for _, other, _ in kept) / repeats,
         load=os.getloadavg()[0],
     )

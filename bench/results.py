@@ -1,7 +1,7 @@
 """Figures of benchmarks: as a table, as a file, and one file against an older one.
 
 ``python -m bench.results OLD NEW`` lists what has become slower against its baseline, and exits
-with 1 if anything has.
+with 1 if anything has; ``python -m bench.results FILE`` prints its ratios as Markdown.
 """
 
 from __future__ import annotations
@@ -38,6 +38,19 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def markdown(rows: Rows) -> Iterator[str]:
+    """Lines of a Markdown table: our time, whose it is compared with, and the share it takes."""
+    yield "| case | ms | baseline | time / baseline's | bar |"
+    yield "|---|---|---|---|---|"
+    for case, figures in rows.items():
+        name = case.removeprefix("test_kernel[").removesuffix("]")
+        ratio, bar = figures.get("ratio"), figures.get("bar")
+        # A sentence says why there is none.
+        shares = (_show(value) if isinstance(value, float) else "-" for value in (ratio, bar))
+        cells = (name, _show(figures.get("ms")), figures.get("baseline", "-"), *shares)
+        yield f"| {' | '.join(cells)} |"
+
+
 def write(path: Path, rows: Rows) -> None:
     """Write the figures of one run and what they depend on."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +75,11 @@ def slower(old: Rows, new: Rows) -> dict[str, tuple[float, float]]:
 
 
 def main(arguments: list[str]) -> int:
+    if len(arguments) == 1:
+        print(*markdown(json.loads(Path(arguments[0]).read_text())["cases"]), sep="\n")
+        return 0
     if len(arguments) != 2:
-        print("usage: python -m bench.results OLD.json NEW.json", file=sys.stderr)
+        print("usage: python -m bench.results OLD.json [NEW.json]", file=sys.stderr)
         return 2
     old, new = (json.loads(Path(path).read_text())["cases"] for path in arguments)
     lost = slower(old, new)

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -45,13 +46,23 @@ Tensor view(const Tensor& of, void* data, int64_t rows, int64_t columns, int64_t
                                   of.scalar_type());
 }
 
-// W[S, C]: a view where both are leading parts, else a copy of its elements, each an U by its size.
+// W[S, C]: in place where both are leading parts, else a copy.
+struct Selected {
+  const Tensor& weight;
+  int64_t rows, columns, row_step, step;
+  void* data;
+  std::optional<Tensor> copy;
+
+  Tensor matrix() const { return view(weight, data, rows, columns, row_step, step); }
+  Tensor transposed() const { return view(weight, data, columns, rows, step, row_step); }
+};
+
+// Its elements, each an U by its size.
 template <class U>
-Tensor selected(const Tensor& weight, int64_t rows, int64_t columns, const int64_t* row_at,
+Tensor gathered(const Tensor& weight, int64_t rows, int64_t columns, const int64_t* row_at,
                 const int64_t* column_at) {
   const int64_t row_step = weight.stride(0), step = weight.stride(1);
-  U* from = static_cast<U*>(weight.data_ptr());
-  if (!row_at && !column_at) return view(weight, from, rows, columns, row_step, step);
+  const U* from = static_cast<const U*>(weight.const_data_ptr());
   Tensor out = torch::stable::new_empty(weight, {rows, columns});
   if (rows == 0 || columns == 0) return out;
   U* to = static_cast<U*>(out.mutable_data_ptr());
@@ -69,18 +80,27 @@ Tensor selected(const Tensor& weight, int64_t rows, int64_t columns, const int64
   return out;
 }
 
-Tensor selected(const Tensor& weight, int64_t rows, int64_t columns, const Index& row_index,
-                const Index& column_index) {
-  const int64_t* row_at = positions(row_index, weight.size(0), rows);
-  const int64_t* column_at = positions(column_index, weight.size(1), columns);
+Tensor gathered(const Tensor& weight, int64_t rows, int64_t columns, const int64_t* row_at,
+                const int64_t* column_at) {
   switch (weight.element_size()) {
     case 2:
-      return selected<uint16_t>(weight, rows, columns, row_at, column_at);
+      return gathered<uint16_t>(weight, rows, columns, row_at, column_at);
     case 4:
-      return selected<uint32_t>(weight, rows, columns, row_at, column_at);
+      return gathered<uint32_t>(weight, rows, columns, row_at, column_at);
     default:
-      return selected<uint64_t>(weight, rows, columns, row_at, column_at);
+      return gathered<uint64_t>(weight, rows, columns, row_at, column_at);
   }
+}
+
+Selected selected(const Tensor& weight, int64_t rows, int64_t columns, const Index& row_index,
+                  const Index& column_index) {
+  const int64_t* row_at = positions(row_index, weight.size(0), rows);
+  const int64_t* column_at = positions(column_index, weight.size(1), columns);
+  if (!row_at && !column_at)
+    return {weight, rows, columns, weight.stride(0), weight.stride(1), weight.data_ptr(), {}};
+  Tensor copy = gathered(weight, rows, columns, row_at, column_at);
+  void* data = copy.data_ptr();
+  return {weight, rows, columns, columns, 1, data, std::move(copy)};
 }
 
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -90,29 +110,25 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                int64_t rows, const Index& row_index, const Index& column_index) {
   const int64_t tokens = x.size(0), columns = x.size(1), kept = length(row_index, rows);
-  const Tensor w = selected(weight, kept, columns, row_index, column_index);
-  const Tensor transposed = view(w, w.data_ptr(), columns, kept, w.stride(1), w.stride(0));
+  const Selected w = selected(weight, kept, columns, row_index, column_index);
   Tensor y = torch::stable::new_empty(x, {tokens, kept});
   if (!bias) {
-    multiply(y, x, transposed);
+    multiply(y, x, w.transposed());
     return y;
   }
   // As a column, of which the rows of the weight are selected, too.
-  const Tensor column =
-      view(*bias, bias->data_ptr(), bias->size(0), 1, bias->stride(0), 1);
-  const Tensor b = selected(column, kept, 1, row_index, std::nullopt);
-  const Tensor line = view(b, b.data_ptr(), 1, kept, 1, b.stride(0));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(y.get(), line.get(), x.get(), transposed.get(), 1, 1));
+  const Tensor column = view(*bias, bias->data_ptr(), bias->size(0), 1, bias->stride(0), 1);
+  const Selected b = selected(column, kept, 1, row_index, std::nullopt);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), b.transposed().get(), x.get(),
+                                                  w.transposed().get(), 1, 1));
   return y;
 }
 
 Tensor dx(const Tensor& dy, const Tensor& weight, int64_t width, int64_t rows,
           const Index& row_index, const Index& column_index) {
-  const Tensor w =
-      selected(weight, length(row_index, rows), width, row_index, column_index);
+  const Selected w = selected(weight, length(row_index, rows), width, row_index, column_index);
   Tensor out = torch::stable::new_empty(dy, {dy.size(0), width});
-  multiply(out, dy, w);
+  multiply(out, dy, w.matrix());
   return out;
 }
 

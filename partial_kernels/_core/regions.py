@@ -31,9 +31,10 @@ def regions(mask: Mask, tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], S
 
     The tensors have one shape and live on one device.
     """
-    if isinstance(mask, Full) or mask.views(tensors[0]) is None:
-        return [(list(tensors), selection(mask, tensors[0]))]
-    views = [mask.views(tensor) for tensor in tensors]
+    first, *others = tensors
+    if isinstance(mask, Full) or (of_first := mask.views(first)) is None:
+        return [(list(tensors), selection(mask, first))]
+    views = [of_first, *(mask.views(tensor) for tensor in others)]
     return [(list(pieces), EVERYTHING) for pieces in zip(*views, strict=True)]  # pyright: ignore[reportArgumentType]
 
 

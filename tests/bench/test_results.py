@@ -61,5 +61,16 @@ def test_a_case_is_slower_if_its_ratio_has_grown(
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]):
-    assert results.main(["one"]) == 2
-    assert capsys.readouterr().err == "usage: python -m bench.results OLD.json NEW.json\n"
+    assert results.main([]) == 2
+    assert capsys.readouterr().err == "usage: python -m bench.results OLD.json [NEW.json]\n"
+
+
+def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "suite.json"
+    rows = {"test_kernel[a-b]": ROWS["short"], "long": ROWS["much longer name"]}
+    path.write_text(json.dumps({"cases": rows}))
+    assert results.main([str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| a-b | 1.235 | F.linear | 1 | - |",
+        "| long | 2 | - | - | - |",
+    ]
