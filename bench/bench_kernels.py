@@ -15,6 +15,9 @@ from bench.machine import rates
 from bench.paired import Disturbed, paired, seconds
 from partial_kernels._core import discovery
 
+# That the rounds of one case may take, if none is disturbed.
+SECONDS = 6
+
 FAMILIES = dict(discovery.cases())
 CASES = {
     f"{family}-{case.name}": (family, case)
@@ -54,7 +57,8 @@ def test_kernel(benchmark, note, name):
     floor = rates().floor_s(contest.flops, contest.bytes)
     note(ms=1e3 * ours, baseline=best)
     try:
-        found = paired(contest.baselines[best], contest.ours, rounds=31 if ours < 0.2 else 15)
+        rounds = int(SECONDS / (2 * times[best] + ours))
+        found = paired(contest.baselines[best], contest.ours, rounds=min(max(rounds, 5), 31))
     except Disturbed as disturbed:
         note(ratio=str(disturbed))
     else:

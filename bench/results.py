@@ -43,7 +43,7 @@ def markdown(rows: Rows) -> Iterator[str]:
     yield "| case | ms | baseline | time / baseline's | bar |"
     yield "|---|---|---|---|---|"
     for case, figures in rows.items():
-        name = case.removeprefix("test_kernel[").removesuffix("]")
+        name = case.partition("[")[2].removesuffix("]") or case
         ratio, bar = figures.get("ratio"), figures.get("bar")
         # A sentence says why there is none.
         shares = (_show(value) if isinstance(value, float) else "-" for value in (ratio, bar))

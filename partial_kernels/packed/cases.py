@@ -152,7 +152,7 @@ def contest(case: Case) -> Contest:
         {k: v for k, v in count(case).items() if k != "forward"} for count in (flops, bytes_moved)
     ]
     flop_count, byte_count = (sum(cost.values()) for cost in costs)
-    bar = 0.58 if case.kept <= 0.005 * case.outputs * case.inputs else 0.64
+    bar = 0.58 if case.kept < 0.01 * case.outputs * case.inputs else 0.64
     return Contest(ours, {"F.linear": baseline}, flop_count, byte_count, bar)
 
 
