@@ -10,7 +10,7 @@ from pathlib import Path
 from sysconfig import get_config_var
 from typing import Any
 
-__all__ = ["NativeStatus", "OutdatedLibrary", "native_op", "native_status"]
+__all__ = ["NativeStatus", "OutdatedLibrary", "contiguous_rows", "native_op", "native_status"]
 
 # The library leaves libtorch's symbols to be found in the process, so torch is loaded first.
 import torch
@@ -55,6 +55,11 @@ def native_op(name: str) -> Callable[..., Any]:
             "run `pip install -e .`"
         )
     return packet.default
+
+
+def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The matrix, or a copy if the elements of a row do not adjoin: kernels read rows."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def _not_built() -> str:

@@ -31,9 +31,11 @@ __all__ = [
     "check",
     "contest",
     "dense_linear",
+    "doubled",
     "flops",
     "kept_indices",
     "random_tensors",
+    "results",
     "variations",
 ]
 
@@ -251,9 +253,9 @@ def check(
     dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.kept[0]))
 
     with poisoned():
-        actual = _results(masked_linear, {**poison, "impl": impl}, dy)
-    plain = _results(dense_linear, arguments, dy)
-    exact = _results(dense_linear, _double(arguments), dy.double())
+        actual = results(masked_linear, {**poison, "impl": impl}, dy)
+    plain = results(dense_linear, arguments, dy)
+    exact = results(dense_linear, doubled(arguments), dy.double())
     for name, result in actual.items():
         what = f"{case.name}: {name}"
         assert_within_budget(result, plain[name], exact[name], what=what)
@@ -264,18 +266,26 @@ def check(
         assert_zero_outside(actual["dbias"], inside_rows & has_tokens, what=f"{case.name}: dbias")
 
 
-def _double(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with their floating-point tensors in fp64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
 
 
-def _results(
-    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor
+def results(
+    function: Callable[..., Tensor],
+    arguments: dict[str, Any],
+    dy: Tensor,
+    *,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """y and the gradient of every tensor."""
+    """y and the gradient of every floating-point tensor that is not frozen."""
     leaves = {
         name: value.detach().requires_grad_()
         for name, value in arguments.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in frozen
     }
     y = function(**{**arguments, **leaves})
     grads = torch.autograd.grad(y, list(leaves.values()), dy)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_kernels._native import native_op
+from partial_kernels._native import contiguous_rows, native_op
 from partial_kernels.blocksparse.reference import OPS
 
 _forward = native_op("blocksparse_forward_cpu")
@@ -30,21 +30,16 @@ def _supports(first: Tensor, second: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """With contiguous rows."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
 @OPS.forward.backend("native", _supports)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, bitmap: Tensor, size: int) -> Tensor:
-    return _forward(_rows(x), weight, bias, bitmap, size)
+    return _forward(contiguous_rows(x), weight, bias, bitmap, size)
 
 
 @OPS.dx.backend("native", _supports)
 def _(dy: Tensor, weight: Tensor, width: int, bitmap: Tensor, size: int) -> Tensor:
-    return _dx(_rows(dy), weight, bitmap, size)
+    return _dx(contiguous_rows(dy), weight, bitmap, size)
 
 
 @OPS.dweight.backend("native", _supports)
 def _(dy: Tensor, x: Tensor, weight: Tensor, bitmap: Tensor, size: int) -> Tensor:
-    return _dweight(_rows(dy), _rows(x), bitmap, size)
+    return _dweight(contiguous_rows(dy), contiguous_rows(x), bitmap, size)

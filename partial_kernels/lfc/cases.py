@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partial_kernels._core.contest import Contest, Step
-from partial_kernels._core.linear_cases import WEIGHT_LAYOUTS, X_LAYOUTS, random_tensors
+from partial_kernels._core.linear_cases import (
+    WEIGHT_LAYOUTS,
+    X_LAYOUTS,
+    doubled,
+    random_tensors,
+    results,
+)
 from partial_kernels._core.testing import assert_within_budget, poisoned
 from partial_kernels.lfc.function import Form, lfc_linear
 
@@ -196,24 +202,10 @@ def check(
     dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.outputs))
     plain_form = "merged" if case.merged else "factored"
     with poisoned():
-        actual = _results(lfc_linear, {**arguments, "impl": impl}, dy)
-    plain = _results(plain_lfc, {**arguments, "form": plain_form}, dy)
-    double = {k: a.double() if isinstance(a, Tensor) else a for k, a in arguments.items()}
-    exact = _results(plain_lfc, double, dy.double())
+        actual = results(lfc_linear, {**arguments, "impl": impl}, dy)
+    plain = results(plain_lfc, {**arguments, "form": plain_form}, dy)
+    double = doubled(arguments)
+    exact = results(plain_lfc, double, dy.double())
     assert actual.keys() == exact.keys()
     for name, result in actual.items():
         assert_within_budget(result, plain[name], exact[name], what=f"{case.name}: {name}")
-
-
-def _results(
-    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor
-) -> dict[str, Tensor]:
-    """y and the gradient of every tensor."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor)
-    }
-    y = function(**{**arguments, **leaves})
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}

@@ -5,7 +5,7 @@ for speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partial_kernels._core.contest import Contest
-from partial_kernels._core.linear_cases import WEIGHT_LAYOUTS, X_LAYOUTS, random_tensors
+from partial_kernels._core.linear_cases import (
+    WEIGHT_LAYOUTS,
+    X_LAYOUTS,
+    doubled,
+    random_tensors,
+    results,
+)
 from partial_kernels._core.testing import assert_within_budget, poisoned
 from partial_kernels.packed.function import packed_linear
 
@@ -172,30 +178,13 @@ def check(
     random = random_tensors(case.dtype, device, seed + 1)
     dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.outputs))
     with poisoned():
-        actual = _results(packed_linear, {**arguments, "impl": impl}, dy)
-    plain = _results(plain_packed, arguments, dy)
-    double = {
-        name: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for name, a in arguments.items()
-    }
-    exact = _results(plain_packed, double, dy.double())
+        actual = results(packed_linear, {**arguments, "impl": impl}, dy, frozen=("weight",))
+    plain = results(plain_packed, arguments, dy, frozen=("weight",))
+    double = doubled(arguments)
+    exact = results(plain_packed, double, dy.double(), frozen=("weight",))
     assert actual.keys() == exact.keys()
     terms = torch.einsum("...o,...i->oi", dy.double().abs(), double["x"].abs())
     magnitudes = {"dvalues": float(terms.max())}
     for name, result in actual.items():
         what, magnitude = f"{case.name}: {name}", magnitudes.get(name, 0.0)
         assert_within_budget(result, plain[name], exact[name], what=what, magnitude=magnitude)
-
-
-def _results(
-    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor
-) -> dict[str, Tensor]:
-    """y and the gradient of every tensor that is trained."""
-    leaves = {
-        name: arguments[name].detach().requires_grad_()
-        for name in ("x", "values", "bias")
-        if name in arguments
-    }
-    y = function(**{**arguments, **leaves})
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}

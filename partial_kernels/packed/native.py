@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._native import native_op
+from partial_kernels._native import contiguous_rows, native_op
 from partial_kernels.packed.reference import DVALUES, DX, FORWARD, dx, few_tokens, forward
 
 _merged = native_op("packed_merged_cpu")
@@ -22,11 +22,6 @@ def _supports(*arguments: Any) -> str | None:
     if any(t.dtype != torch.float32 for t in tensors):
         return f"it computes in fp32, got {', '.join(str(t.dtype) for t in tensors)}"
     return None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """With contiguous rows."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 @FORWARD.backend("native", _supports)
@@ -45,4 +40,4 @@ def _(dy: Tensor, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 @DVALUES.backend("native", _supports)
 def _(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    return _sampled(_rows(dy), _rows(x), index.contiguous())
+    return _sampled(contiguous_rows(dy), contiguous_rows(x), index.contiguous())

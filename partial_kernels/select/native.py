@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_kernels._native import native_op
+from partial_kernels._native import contiguous_rows, native_op
 from partial_kernels.select.reference import SELECT
 
 _select = native_op("topk_select_cpu")
@@ -23,4 +23,4 @@ def _supports(x: Tensor, k: int, by_column: bool) -> str | None:
 
 @SELECT.backend("native", _supports)
 def _(x: Tensor, k: int, by_column: bool) -> Tensor:
-    return _select(x if x.stride(1) == 1 else x.contiguous(), k, by_column)
+    return _select(contiguous_rows(x), k, by_column)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partial_kernels._core.contest import Contest
-from partial_kernels._core.linear_cases import WEIGHT_LAYOUTS, X_LAYOUTS, random_tensors
+from partial_kernels._core.linear_cases import (
+    WEIGHT_LAYOUTS,
+    X_LAYOUTS,
+    random_tensors,
+    results,
+)
 from partial_kernels._core.testing import assert_within_budget, assert_zero_outside, poisoned
 from partial_kernels.select.cases import exact as selected
 from partial_kernels.select.function import Per
@@ -177,15 +181,15 @@ def check(
     """Raise AssertionError unless y, dx, dW and db are right, and rows without a kept element 0."""
     arguments, dy = case.make(seed, device), case.dy(seed + 1, device)
     with poisoned():
-        actual = _results(topk_linear, {**arguments, "impl": impl}, dy)
+        actual = results(topk_linear, {**arguments, "impl": impl}, dy)
     mask = kept_mask(case, dy)
     double = {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
     def plain_topk(**given: Any) -> Tensor:
         return _Plain.apply(given["x"], given["weight"], given.get("bias"), mask, case.bias_grad)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
-    plain = _results(plain_topk, arguments, dy)
-    exact = _results(plain_topk, double, dy.double())
+    plain = results(plain_topk, arguments, dy)
+    exact = results(plain_topk, double, dy.double())
     assert actual.keys() == exact.keys()
     dweight = actual["dweight"]
     if dweight.is_sparse != (case.weight_grad == "rows"):
@@ -217,17 +221,3 @@ class _Plain(torch.autograd.Function):
         dweight = torch.einsum("...o,...i->oi", kept, x)
         dbias = some.reshape(-1, some.shape[-1]).sum(0)
         return kept @ weight, dweight, dbias if ctx.needs_input_grad[2] else None, None, None
-
-
-def _results(
-    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor
-) -> dict[str, Tensor]:
-    """y and the gradient of every tensor."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor)
-    }
-    y = function(**{**arguments, **leaves})
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_kernels._native import native_op
+from partial_kernels._native import contiguous_rows, native_op
 from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
 
 _dx = native_op("topk_row_dx_cpu")
@@ -26,16 +26,11 @@ def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
     return None
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """With contiguous rows."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
 @ROW_DX.backend("native", _supports)
 def _(dy: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    return _dx(_rows(dy), index.contiguous(), _rows(weight))
+    return _dx(contiguous_rows(dy), index.contiguous(), contiguous_rows(weight))
 
 
 @ROW_DWEIGHT.backend("native", _supports)
 def _(dy: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    return _dweight(_rows(dy), index.contiguous(), _rows(x))
+    return _dweight(contiguous_rows(dy), index.contiguous(), contiguous_rows(x))
