@@ -198,13 +198,13 @@ void add_plane(const Plane& plane, double* out) {
 template <class T>
 void add_scattered(const void* g, const int64_t* g_at, const void* h, const int64_t* h_at,
                    int64_t n, double* out) {
-  constexpr int sets = 4, ahead = 32;
+  constexpr int sets = 4, ahead = 64;
   const T *first = (const T*)g, *second = (const T*)h;
   double sum[3][sets] = {};
   for (int64_t i = 0; i < n; ++i) {
     if (i + ahead < n) {
-      __builtin_prefetch(first + g_at[i + ahead]);
-      __builtin_prefetch(second + h_at[i + ahead]);
+      __builtin_prefetch(first + g_at[i + ahead], 0, 2);
+      __builtin_prefetch(second + h_at[i + ahead], 0, 2);
     }
     const double a = widen(first[g_at[i]]), b = widen(second[h_at[i]]);
     sum[0][i % sets] += a * a, sum[1][i % sets] += b * b, sum[2][i % sets] += a * b;

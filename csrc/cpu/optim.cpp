@@ -85,7 +85,8 @@ constexpr int64_t run_chunk = 16384, line_chunk = 1024, mask_chunk = 65536, posi
 // Bytes that are worth a thread.
 constexpr int64_t grain = 1 << 19;
 // Scattered lines are asked for this many lines ahead, rows of a region two rows ahead: the
-// processor's own prefetching stops at every gap.
+// processor's own prefetching stops at every gap. Into the second cache, to which more misses can be
+// under way than to the first.
 constexpr int64_t lines_ahead = 24, rows_ahead = 2;
 // Rows of more bytes than this need no help.
 constexpr int64_t long_row = 16384;

@@ -62,7 +62,8 @@ class Case:
 
         def tensors(dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
             values = torch.randn(self.tensors, *shape, generator=generator, dtype=torch.float64)
-            layout = self.layout if shape == self.shape else "sliced"
+            one = len(shape) == 1 and self.layout == "channels_last"
+            layout = "sliced" if one else self.layout
             return [arranged(value.to(device, dtype), layout) for value in values]
 
         shape = (self.mask.numel(self.shape),) if self.packed else self.shape

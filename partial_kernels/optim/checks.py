@@ -58,65 +58,64 @@ def check_lists(
             raise ValueError(
                 f"{name} must have one entry per parameter, {len(params)}, got {len(tensors)}"
             )
-    for i, (param, grad, mask) in enumerate(zip(params, grads, masks, strict=True)):
-        _check_tensor(f"params[{i}]", param)
+    for i, (param, mask, grad, *held) in enumerate(
+        zip(params, masks, grads, *states.values(), strict=True)
+    ):
+        _check_tensor("params", i, param)
         if not param.is_floating_point():
             raise ValueError(f"params[{i}] must be floating point, got {param.dtype}")
-        _check_writable(f"params[{i}]", param)
+        _check_writable("params", i, param)
         if not isinstance(mask, Mask):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"masks[{i}] must be a Mask, got {type(mask).__name__}")
-        mask.check(param.shape)
+        shapes = [param.shape]
+        mask.check(shapes[0])
+        if isinstance(mask, Packed):
+            shapes.append(mask.index.shape)
         dtype = state_dtype(param.dtype)
-        _check_like(f"grads[{i}]", grad, i, param, mask, {param.dtype, dtype})
-        for name, tensors in states.items():
-            _check_like(f"{name}[{i}]", tensors[i], i, param, mask, {dtype})
-            _check_writable(f"{name}[{i}]", tensors[i])
+        _check_like("grads", i, grad, param, shapes, (param.dtype, dtype))
+        for name, state in zip(states, held, strict=True):
+            _check_like(name, i, state, param, shapes, (dtype,))
+            _check_writable(name, i, state)
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _check_tensor(name: str, i: int, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name}[{i}] must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be dense (torch.strided), got {tensor.layout}")
+        raise ValueError(f"{name}[{i}] must be dense (torch.strided), got {tensor.layout}")
 
 
 def _check_like(
-    name: str, tensor: Tensor, i: int, param: Tensor, mask: Mask, dtypes: set[torch.dtype]
+    name: str,
+    i: int,
+    tensor: Tensor,
+    param: Tensor,
+    shapes: list[torch.Size],
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    if (
-        isinstance(tensor, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
-        and tensor.shape == param.shape
-        and tensor.dtype in dtypes
-        and tensor.device == param.device
-        and tensor.layout == torch.strided
-    ):
-        return
-    param_name = f"params[{i}]"
-    _check_tensor(name, tensor)
-    packed = [len(mask.index)] if isinstance(mask, Packed) else None
-    if tensor.shape != param.shape and list(tensor.shape) != packed:
-        or_packed = "" if packed is None else f" or the packed {packed}"
+    _check_tensor(name, i, tensor)
+    if tensor.shape not in shapes:
+        expected = " or the packed ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
-            f"{name} must have {param_name}'s shape {list(param.shape)}{or_packed}, "
-            f"got {list(tensor.shape)}"
+            f"{name}[{i}] must have params[{i}]'s shape {expected}, got {list(tensor.shape)}"
         )
     if tensor.device != param.device:
         raise ValueError(
-            f"{name} must be on {param_name}'s device {param.device}, got {tensor.device}"
+            f"{name}[{i}] must be on params[{i}]'s device {param.device}, got {tensor.device}"
         )
     if tensor.dtype not in dtypes:
-        expected = " or ".join(sorted(str(dtype) for dtype in dtypes))
+        expected = " or ".join(sorted({str(dtype) for dtype in dtypes}))
         raise ValueError(
-            f"{name} must be {expected} for {param.dtype} parameters, got {tensor.dtype}"
+            f"{name}[{i}] must be {expected} for {param.dtype} parameters, got {tensor.dtype}"
         )
 
 
-def _check_writable(name: str, tensor: Tensor) -> None:
+def _check_writable(name: str, i: int, tensor: Tensor) -> None:
     if not tensor.is_contiguous() and any(
         step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         raise ValueError(
-            f"{name} is updated in place and must not be expanded, got shape "
+            f"{name}[{i}] is updated in place and must not be expanded, got shape "
             f"{list(tensor.shape)} with strides {list(tensor.stride())}"
         )
 
