@@ -119,7 +119,7 @@ inline T get(const S* at) {
 #if PK_AVX2 || PK_AVX512
     return _cvtsh_ss(at->bits);
 #else
-    return half_to_float(at->bits);
+    return half_to_float(*at);
 #endif
   else
     return *at;
@@ -134,7 +134,7 @@ inline void put(S* at, T value) {
 #if PK_AVX2 || PK_AVX512
     at->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
 #else
-    at->bits = float_to_half(value);
+    *at = float_to_half(value);
 #endif
   } else {
     *at = value;

@@ -8,14 +8,6 @@ constexpr int lanes = 8, tile_rows = 6;
 constexpr int lanes = 4, tile_rows = 6;
 #endif
 
-// `n` floats, anywhere in memory; the compiler splits what is wider than a register.
-template <int n>
-struct VectorOf {
-  typedef float type __attribute__((vector_size(4 * n), aligned(4), may_alias));
-};
-template <int n>
-using Vector = typename VectorOf<n>::type;
-
 // Columns that one strip of a packed matrix holds: two vectors, or one where blocks are narrower.
 inline int64_t strip_width(int64_t block_size) {
   return block_size >= 2 * lanes ? 2 * lanes : lanes;
@@ -24,19 +16,19 @@ inline int64_t strip_width(int64_t block_size) {
 // c [rows, strip] = bias + a b, b a packed strip: sums stay in registers over all of its runs.
 template <int rows, int vectors>
 void tile(const float* a, int64_t lda, const Strip& b, const float* bias, float* c, int64_t ldc) {
-  Vector<lanes> sum[rows][vectors];
+  Floats<lanes> sum[rows][vectors];
 #pragma GCC unroll 24
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v)
-      sum[r][v] = bias ? *(const Vector<lanes>*)(bias + v * lanes) : Vector<lanes>{};
+      sum[r][v] = bias ? *(const Floats<lanes>*)(bias + v * lanes) : Floats<lanes>{};
   const float* panel = b.panel;
   for (const Run* run = b.begin; run != b.end; ++run) {
     const float* column = a + run->begin;
     for (int64_t k = 0; k < run->length; ++k, ++column, panel += vectors * lanes) {
-      Vector<lanes> row[vectors];
+      Floats<lanes> row[vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) row[v] = *(const Vector<lanes>*)(panel + v * lanes);
+      for (int v = 0; v < vectors; ++v) row[v] = *(const Floats<lanes>*)(panel + v * lanes);
 #pragma GCC unroll 24
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
@@ -69,18 +61,18 @@ inline void times_strip(const float* a, int64_t lda, int64_t count, const Strip&
 template <int rows, int vectors, int n>
 void outer_tile(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t tokens,
                 float* out, int64_t ldo) {
-  Vector<n> sum[rows][vectors] = {};
+  Floats<n> sum[rows][vectors] = {};
   for (int64_t t = 0; t < tokens; ++t, dy += ldy, x += ldx) {
-    Vector<n> row[vectors];
+    Floats<n> row[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) row[v] = *(const Vector<n>*)(x + v * n);
+    for (int v = 0; v < vectors; ++v) row[v] = *(const Floats<n>*)(x + v * n);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[r][v] += dy[r] * row[v];
   }
   for (int r = 0; r < rows; ++r)
-    for (int v = 0; v < vectors; ++v) *(Vector<n>*)(out + r * ldo + v * n) += sum[r][v];
+    for (int v = 0; v < vectors; ++v) *(Floats<n>*)(out + r * ldo + v * n) += sum[r][v];
 }
 
 template <int rows, int vectors, int n>

@@ -12,12 +12,7 @@ constexpr int lanes = 4;
 constexpr int vectors = 8, tokens = vectors * lanes;
 static_assert(tokens <= max_tokens);
 
-// `n` floats, anywhere in memory.
-template <int n>
-struct VectorOf {
-  typedef float type __attribute__((vector_size(4 * n), aligned(4), may_alias));
-};
-using Vector = typename VectorOf<lanes>::type;
+using Vector = Floats<lanes>;
 
 // Exchanges, in each pair of blocks of size k x k, what is right above with what is left below.
 template <int k, size_t... j>

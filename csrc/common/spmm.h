@@ -10,7 +10,7 @@ constexpr int lanes = 4;
 
 constexpr int vectors = 4, panel_width = vectors * lanes;
 
-typedef float Vector __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+using Vector = Floats<lanes>;
 
 // Sums of one row of the result, in registers.
 struct Sums {

@@ -26,7 +26,7 @@ inline Doubles load(const Bf16* from) {
   return convert(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
 }
 
-inline Doubles load(const Half* from) {
+inline Doubles load(const Fp16* from) {
   return convert(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
 }
 
@@ -44,7 +44,7 @@ inline Doubles load(const Bf16* from) {
   return convert(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
 }
 
-inline Doubles load(const Half* from) {
+inline Doubles load(const Fp16* from) {
   return convert(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from)));
 }
 
@@ -58,23 +58,9 @@ inline Doubles keep(Doubles values, const uint8_t* p) {
 #else
 inline Doubles load(const float* from) { return Doubles{from[0], from[1]}; }
 
-inline double convert(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
+inline double convert(Bf16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
 
-inline double convert(Bf16 value) { return convert(uint32_t(value.bits) << 16); }
-
-inline double convert(Half value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
-  const uint32_t exponent = value.bits >> 10 & 31, fraction = uint32_t(value.bits & 0x3ff) << 13;
-  if (exponent == 31) return convert(sign | 0x7f800000u | fraction);
-  if (exponent != 0) return convert(sign | (exponent + 112) << 23 | fraction);
-  // Subnormal: with an exponent, which is subtracted again.
-  const double size = convert(113u << 23 | fraction) - 0x1p-14;
-  return sign ? -size : size;
-}
+inline double convert(Fp16 value) { return half_to_float(value); }
 
 template <class T>
 Doubles load(const T* from) {

@@ -12,9 +12,12 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/numbers.h"
 
 namespace {
 
+using partial_kernels::ceil_div;
+using partial_kernels::Floats;
 using torch::stable::Tensor;
 
 // Consecutive rows of the packed matrix.
@@ -43,8 +46,6 @@ struct Kernels {
 // Rows of a that stay in a core's L2 cache while the strips pass by; tokens whose part of dy and x
 // stays in the L3 cache while the blocks do.
 constexpr int64_t product_rows = 96, outer_tokens = 512;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks of a matrix [rows, columns], which may be stored transposed.
 struct Blocks {

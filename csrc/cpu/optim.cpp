@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
@@ -24,24 +23,19 @@
 #endif
 
 #include "common/isa.h"
+#include "common/numbers.h"
 
 namespace {
 
+using partial_kernels::Bf16;
+using partial_kernels::Fp16;
+using partial_kernels::ceil_div;
+using partial_kernels::float_to_half;
+using partial_kernels::half_to_float;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // What the kernels share with this file.
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
-inline float half_to_float(uint16_t bits) {
-  return float(c10::Half(bits, c10::Half::from_bits()));
-}
-inline uint16_t float_to_half(float value) { return c10::Half(value).x; }
 
 // Of parameters and gradients; the states and the arithmetic are fp64 for fp64, else fp32.
 enum class Dtypes { fp32, bf16, bf16_fp32, fp16, fp16_fp32, fp64 };
@@ -94,8 +88,6 @@ constexpr int64_t long_row = 16384;
 constexpr int64_t short_run = 64;
 // Elements whose offsets are written out at a time.
 constexpr int64_t offset_block = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Parameter, gradient, two states; the bits of a mask, whose distances are in bits.
 constexpr size_t streams = 5;

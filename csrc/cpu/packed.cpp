@@ -14,9 +14,12 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/numbers.h"
 
 namespace {
 
+using partial_kernels::ceil_div;
+using partial_kernels::Floats;
 using torch::stable::Tensor;
 
 // Tokens of a tile, with the widest vectors.
@@ -32,8 +35,6 @@ struct Kernels {
 
 #define PK_KERNELS "common/sampled.h"
 #include "common/foreach_isa.h"
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where the elements of each row begin in a sorted index.
 std::vector<int64_t> row_starts(const int64_t* index, int64_t count, int64_t rows,

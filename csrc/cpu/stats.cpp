@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -19,19 +20,15 @@
 #endif
 
 #include "common/isa.h"
+#include "common/numbers.h"
 
 namespace {
 
+using partial_kernels::Bf16;
+using partial_kernels::Fp16;
+using partial_kernels::half_to_float;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-struct Half {
-  uint16_t bits;
-};
 
 // Rows of equal length; an element is inside the mask where p and q, those that are there, are not
 // 0. Without h nothing is. Steps are in elements, of g, h, p and q. After `length` elements a row
@@ -98,7 +95,7 @@ const Kernels* kernels_for(ScalarType dtype) {
     case ScalarType::BFloat16:
       return PK_ISA_FUNCTION(kernels<Bf16>);
     case ScalarType::Half:
-      return PK_ISA_FUNCTION(kernels<Half>);
+      return PK_ISA_FUNCTION(kernels<Fp16>);
     default:
       STD_TORCH_CHECK(false, "gradients must be fp32, fp64, bf16 or fp16");
   }

@@ -13,9 +13,12 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/numbers.h"
 
 namespace {
 
+using partial_kernels::ceil_div;
+using partial_kernels::Floats;
 using torch::stable::Tensor;
 
 struct Kernels {
@@ -27,8 +30,6 @@ struct Kernels {
 
 #define PK_KERNELS "common/spmm.h"
 #include "common/foreach_isa.h"
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Floats that begin where a cache line does: else every vector would lie in two.
 struct Buffer {

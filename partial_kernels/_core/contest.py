@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Contest", "Step"]
+__all__ = ["Contest", "Step", "backward"]
 
 Step = Callable[[], object]
 
@@ -28,3 +28,8 @@ class Contest:
     flops: int
     bytes: int
     bar: float | None = None
+
+
+def backward(costs: Mapping[str, int]) -> int:
+    """Of the costs of each pass, those of a backward."""
+    return sum(cost for name, cost in costs.items() if name != "forward")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import flop_counter
 
-__all__ = ["Choice", "Explained", "Op", "asks", "explaining", "plain_call"]
+__all__ = ["Choice", "Explained", "Op", "asks", "explaining", "is_auto", "plain_call"]
 
 # Parts of torch without complete types.
 _torch: Any = torch
@@ -221,16 +221,20 @@ def asks(impl: str) -> bool:
     return not torch.compiler.is_compiling() and (impl != "auto" or _explaining.get())
 
 
-def plain_call(name: str, impl: str) -> None:
-    """Say that a function is about to make one plain PyTorch call, which has no backends.
+def is_auto(impl: str) -> bool:
+    """Whether neither the caller nor the environment names a backend."""
+    return _wanted(impl) == "auto"
+
+
+def plain_call(name: str, impl: str, why: str = "this is one plain PyTorch call") -> None:
+    """Say that a function is about to use PyTorch alone, which has no backends.
 
     Raises:
         RuntimeError: ``impl`` names a backend: there is none to run.
         Explained: within ``explaining()``.
     """
     if impl not in ("auto", "torch"):
-        raise RuntimeError(f"{name}: this is one plain PyTorch call, impl={impl!r} cannot run it")
+        raise RuntimeError(f"{name}: {why}, impl={impl!r} cannot run it")
     # Dynamo does not trace context variables; nothing is explained where it traces.
     if not torch.compiler.is_compiling() and _explaining.get():
-        reason = {"partial_kernels": "this is one plain PyTorch call"}
-        raise Explained(Choice(name, "torch", reason))
+        raise Explained(Choice(name, "torch", {"partial_kernels": why}))

@@ -172,8 +172,8 @@ def contest(case: Case) -> Contest:
     else:
         plain = step(linear, [name for name in leaves if name not in ("u", "v")])
         baselines, bar = {"F.linear": plain}, 1 + case.rank / case.tokens + 0.04
-    flop_count, byte_count = (sum(count(case).values()) for count in (flops, bytes_moved))
-    return Contest(ours, baselines, flop_count, byte_count, bar)
+    costs = sum(flops(case).values()), sum(bytes_moved(case).values())
+    return Contest(ours, baselines, *costs, bar)
 
 
 def plain_lfc(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import Contest, backward
 from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
@@ -21,7 +21,7 @@ from partial_kernels._core.linear_cases import (
     random_tensors,
     results,
 )
-from partial_kernels._core.testing import assert_within_budget, poisoned
+from partial_kernels._core.testing import assert_within_budget, max_error, poisoned
 from partial_kernels.packed.function import packed_linear
 
 __all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
@@ -154,12 +154,9 @@ def contest(case: Case) -> Contest:
     def baseline() -> object:
         return torch.autograd.grad(plain, [x, dense], dy, retain_graph=True)
 
-    costs = [
-        {k: v for k, v in count(case).items() if k != "forward"} for count in (flops, bytes_moved)
-    ]
-    flop_count, byte_count = (sum(cost.values()) for cost in costs)
+    costs = backward(flops(case)), backward(bytes_moved(case))
     bar = 0.58 if case.kept < 0.01 * case.outputs * case.inputs else 0.64
-    return Contest(ours, {"F.linear": baseline}, flop_count, byte_count, bar)
+    return Contest(ours, {"F.linear": baseline}, *costs, bar)
 
 
 def plain_packed(
@@ -183,8 +180,10 @@ def check(
     double = doubled(arguments)
     exact = results(plain_packed, double, dy.double(), frozen=("weight",))
     assert actual.keys() == exact.keys()
-    terms = torch.einsum("...o,...i->oi", dy.double().abs(), double["x"].abs())
-    magnitudes = {"dvalues": float(terms.max())}
+    positive = {
+        name: value.abs() if isinstance(value, Tensor) else value for name, value in double.items()
+    }
+    terms = results(plain_packed, positive, dy.double().abs(), frozen=("weight",))
     for name, result in actual.items():
-        what, magnitude = f"{case.name}: {name}", magnitudes.get(name, 0.0)
+        what, magnitude = f"{case.name}: {name}", max_error(terms[name], torch.zeros(()))
         assert_within_budget(result, plain[name], exact[name], what=what, magnitude=magnitude)

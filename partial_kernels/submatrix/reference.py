@@ -35,7 +35,9 @@ def forward(
     row_index: Tensor | None,
     col_index: Tensor | None,
 ) -> Tensor:
-    weight_SC = select(weight_OI, rows, x_TC.shape[1], row_index, col_index).to(x_TC.dtype)
+    weight_SC = select(weight_OI, rows, x_TC.shape[1], row_index, col_index)
+    if weight_SC.dtype != x_TC.dtype:
+        weight_SC = weight_SC.to(x_TC.dtype)
     bias_S = None
     if bias_O is not None:
         bias_S = bias_O[:rows] if row_index is None else bias_O.index_select(0, row_index)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import Contest, backward
 from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
+    doubled,
     random_tensors,
     results,
 )
@@ -160,12 +161,9 @@ def contest(case: Case) -> Contest:
     def baseline() -> object:
         return torch.autograd.grad(plain, [x, weight], dy, retain_graph=True)
 
-    costs = [
-        {k: v for k, v in count(case).items() if k != "forward"} for count in (flops, bytes_moved)
-    ]
-    flop_count, byte_count = (sum(cost.values()) for cost in costs)
+    costs = backward(flops(case)), backward(bytes_moved(case))
     bar = 1 / 12 if case.per == "batch" else 1 / 6
-    return Contest(ours, {"F.linear": baseline}, flop_count, byte_count, bar)
+    return Contest(ours, {"F.linear": baseline}, *costs, bar)
 
 
 def kept_mask(case: Case, dy: Tensor) -> Tensor:
@@ -183,13 +181,12 @@ def check(
     with poisoned():
         actual = results(topk_linear, {**arguments, "impl": impl}, dy)
     mask = kept_mask(case, dy)
-    double = {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
     def plain_topk(**given: Any) -> Tensor:
         return _Plain.apply(given["x"], given["weight"], given.get("bias"), mask, case.bias_grad)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
     plain = results(plain_topk, arguments, dy)
-    exact = results(plain_topk, double, dy.double())
+    exact = results(plain_topk, doubled(arguments), dy.double())
     assert actual.keys() == exact.keys()
     dweight = actual["dweight"]
     if dweight.is_sparse != (case.weight_grad == "rows"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from partial_kernels._native import native_status
 
@@ -23,3 +24,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _library.set_isa(request.param)
     yield request.param
     _library.set_isa(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

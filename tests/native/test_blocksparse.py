@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -79,20 +80,16 @@ def test_any_shape(tokens: int, outputs: int, inputs: int, size: int, density: f
         assert torch.equal(ours, theirs)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(set_threads: Callable[[int], None]):
     case = block_case(700, 160, 224, 32, 0.4)
     dy = torch.randn(700, 160)
 
     def results(threads: int) -> list[torch.Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            arguments = case.make(requires_grad=True)
-            y = pk.masked_linear(**arguments, impl="native")
-            leaves = [arguments[name] for name in ("x", "weight", "bias")]
-            return [y, *torch.autograd.grad(y, leaves, dy)]
-        finally:
-            torch.set_num_threads(before)
+        set_threads(threads)
+        arguments = case.make(requires_grad=True)
+        y = pk.masked_linear(**arguments, impl="native")
+        leaves = [arguments[name] for name in ("x", "weight", "bias")]
+        return [y, *torch.autograd.grad(y, leaves, dy)]
 
     for one, two in zip(results(1), results(2), strict=True):
         assert torch.equal(one, two)

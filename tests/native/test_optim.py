@@ -7,8 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +66,6 @@ def assert_is_reference(case: Case, ours: dict[str, Any], theirs: dict[str, Any]
         case.run({**ours, "impl": "native"})
         case.run({**theirs, "impl": "reference"})
     assert_same_memory(case, ours, theirs)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -164,16 +153,18 @@ LARGE: dict[str, tuple[tuple[int, ...], Mask]] = {
 @pytest.mark.parametrize("name", LARGE)
 @both_rules
 @pytest.mark.usefixtures("fused")
-def test_chunks_and_threads(name: str, rule: str, dtype: torch.dtype) -> None:
+def test_chunks_and_threads(
+    name: str, rule: str, dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
     shape, mask = LARGE[name]
     case = Case(name, rule, shape, mask, dtype, tensors=2)
     ours = case.make()
-    with threads(2):
-        assert_is_reference(case, ours, case.make())
+    set_threads(2)
+    assert_is_reference(case, ours, case.make())
     single = case.make()
-    with threads(1):
-        for _ in range(3):
-            case.run({**single, "impl": "native"})
+    set_threads(1)
+    for _ in range(3):
+        case.run({**single, "impl": "native"})
     assert_same_memory(case, ours, single)
 
 
@@ -278,7 +269,9 @@ def test_gradients_may_be_expanded(rule: str) -> None:
 
 
 @both_rules
-def test_regions_of_one_tensor_beside_each_other_in_two_threads(rule: str) -> None:
+def test_regions_of_one_tensor_beside_each_other_in_two_threads(
+    rule: str, set_threads: Callable[[int], None]
+) -> None:
     core, columns = pk.Prefix(301, 203), pk.Index(None, list(range(203, 403, 2)))
     regions: list[Mask] = [core, Difference(pk.Prefix(None, 203), core), columns]
     case = Case("regions", rule, (401, 403), pk.Full())
@@ -290,8 +283,8 @@ def test_regions_of_one_tensor_beside_each_other_in_two_threads(rule: str) -> No
             for name, value in arguments.items()
         } | {"masks": regions}
 
-    with threads(2):
-        assert_is_reference(case, made(), made())
+    set_threads(2)
+    assert_is_reference(case, made(), made())
 
 
 def direct(case: Case, arguments: dict[str, Any]) -> list[Any]:

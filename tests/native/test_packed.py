@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,20 +74,16 @@ def test_strided_values_and_index(isa: str):
     assert torch.equal(*results)
 
 
-def test_the_number_of_threads_changes_no_bit(isa: str):
+def test_the_number_of_threads_changes_no_bit(isa: str, set_threads: Callable[[int], None]):
     case = Case("", (700,), 160, 224, 0.05)
     made = case.make()
     dy = torch.randn(700, 160)
 
     def results(threads: int) -> list[Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            merged = torch.ops.partial_kernels.packed_merged_cpu
-            x, weight, values, index = (made[n] for n in ("x", "weight", "values", "index"))
-            return [merged(weight, values, index), DVALUES(dy, x, values, index, "native")]
-        finally:
-            torch.set_num_threads(before)
+        set_threads(threads)
+        merged = torch.ops.partial_kernels.packed_merged_cpu
+        x, weight, values, index = (made[n] for n in ("x", "weight", "values", "index"))
+        return [merged(weight, values, index), DVALUES(dy, x, values, index, "native")]
 
     expected = results(1)
     for threads in (2, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_sums_beyond_fp32(isa: str):
     assert result.sq == g.double().square().sum()
 
 
-def test_the_number_of_threads_changes_no_bit(isa: str):
+def test_the_number_of_threads_changes_no_bit(isa: str, set_threads: Callable[[int], None]):
     generator = torch.Generator().manual_seed(0)
     shapes = [(300, 257), (7,), (64, 33, 3, 3), (50000,), ()]
     grads, others = (
@@ -141,12 +142,8 @@ def test_the_number_of_threads_changes_no_bit(isa: str):
     kept = [pk.Prefix(200, 200), pk.Full(), pk.Element(element), pk.Packed([1, 9, 49999]), None]
 
     def results(threads: int) -> MaskedStats:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return pk.masked_stats(grads, others, kept, impl="native")
-        finally:
-            torch.set_num_threads(before)
+        set_threads(threads)
+        return pk.masked_stats(grads, others, kept, impl="native")
 
     assert_equal(results(1), results(2))
 

@@ -66,7 +66,7 @@ with warnings.catch_warnings(record=True) as caught:
     import partial_kernels as pk
 print([str(one.message) for one in caught])
 print(pk.explain("topk_select", torch.ones(2, 3), 1))
-print(pk.explain("masked_linear", torch.ones(2, 3), torch.ones(4, 3), mask=pk.Prefix(2)).backend)
+print(pk.explain("masked_linear", torch.ones(2, 3), torch.ones(4, 3), mask=pk.Index([1])).backend)
 """
 
 

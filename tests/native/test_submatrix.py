@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -50,19 +51,15 @@ LARGE = LinearCase("large", (70,), 301, 203, SCATTERED)
 
 
 @pytest.mark.parametrize("mask", [SCATTERED, pk.Prefix(170, 90), pk.Index(None, [5, 7])], ids=str)
-def test_the_number_of_threads_changes_no_bit(mask: pk.Mask):
+def test_the_number_of_threads_changes_no_bit(mask: pk.Mask, set_threads: Callable[[int], None]):
     case = replace(LARGE, mask=mask)
     made = case.make(requires_grad=True)
     leaves = [made[name] for name in ("x", "weight", "bias")]
 
     def results(threads: int) -> list[Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            y = pk.masked_linear(**made, impl="native")
-            return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
-        finally:
-            torch.set_num_threads(before)
+        set_threads(threads)
+        y = pk.masked_linear(**made, impl="native")
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     # torch's products of this size do not depend on it, either.
     for one, two in zip(results(1), results(2), strict=True):

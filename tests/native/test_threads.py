@@ -89,16 +89,8 @@ STEPS: dict[str, Callable[[], list[Tensor]]] = {
 }
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_threads_do_not_disturb_each_other(isa: str) -> None:
+def test_threads_do_not_disturb_each_other(isa: str, set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
     callers, rounds = 4, 5
     expected = {name: step() for name, step in STEPS.items()}
     together = Barrier(callers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -58,17 +59,15 @@ def products(dy: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> list[Tenso
 
 
 @pytest.mark.parametrize("inputs", [40, 1000])
-def test_the_number_of_threads_changes_no_bit(isa: str, inputs: int):
+def test_the_number_of_threads_changes_no_bit(
+    isa: str, inputs: int, set_threads: Callable[[int], None]
+):
     dy, weight, x = torch.randn(150, 300), torch.randn(300, inputs), torch.randn(150, inputs)
     index = pk.topk_select(dy, 20)
     found: list[list[Tensor]] = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(products(dy, index, weight, x))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        found.append(products(dy, index, weight, x))
     assert all(map(torch.equal, found[0] + found[0], found[1] + found[2]))
 
 

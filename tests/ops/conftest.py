@@ -49,6 +49,12 @@ def make(case: LinearCase) -> Make:
 
 
 @pytest.fixture
+def small_layers_use_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers above are so small that plain PyTorch would do for a Prefix."""
+    monkeypatch.setattr("partial_kernels.submatrix.function.SMALL", 0)
+
+
+@pytest.fixture
 def inductor() -> None:
     """Skips where torch.compile's default backend cannot build code for the CPU."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):

@@ -23,6 +23,13 @@ Make = Callable[..., dict[str, Any]]
 PREFIX = LinearCase("", (7,), 8, 6, pk.Prefix(5, 4))
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["small", "ops"])
+def also_by_ops(request: pytest.FixtureRequest) -> None:
+    """What plain PyTorch would do for, so small, is done by the ops as well."""
+    if request.param:
+        request.getfixturevalue("small_layers_use_ops")
+
+
 def tensors(made: dict[str, Any]) -> list[Tensor]:
     return [value for value in made.values() if isinstance(value, Tensor)]
 

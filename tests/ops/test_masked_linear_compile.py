@@ -20,6 +20,7 @@ import partial_kernels as pk
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("small_layers_use_ops"),
 ]
 
 Make = Callable[..., dict[str, Any]]

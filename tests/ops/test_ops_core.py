@@ -204,6 +204,7 @@ def test_explaining_an_in_place_op_changes_nothing() -> None:
     assert x.tolist() == [3.0] * 3
 
 
+@pytest.mark.usefixtures("small_layers_use_ops")
 def test_explain_names_the_backend_and_computes_nothing(
     mask: pk.Mask, make: Callable[..., dict[str, Any]]
 ) -> None:
@@ -226,6 +227,19 @@ def test_explain_names_the_backend_and_computes_nothing(
     with Recorder() as recorder:
         pk.masked_linear(**made)
     assert last in recorder.ran
+
+
+def test_a_small_prefix_is_left_to_plain_pytorch() -> None:
+    x, weight = torch.ones(2, 3), torch.ones(4, 6)
+    choice = pk.explain("masked_linear", x, weight, mask=pk.Prefix(2, 3))
+    assert choice.backend == "torch" and "65536 weights" in choice.reasons["partial_kernels"]
+    for mask, wide in (
+        (pk.Index([0, 1], [0, 1, 2]), weight),
+        (pk.Prefix(2, 3), weight.repeat(256, 64)),
+    ):
+        assert pk.explain("masked_linear", x, wide, mask=mask).backend != "torch"
+    named = pk.explain("masked_linear", x, weight, mask=pk.Prefix(2, 3), impl="reference")
+    assert named.backend == "reference"
 
 
 def test_explain_says_why_a_named_backend_cannot_run() -> None:
