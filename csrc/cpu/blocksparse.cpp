@@ -166,12 +166,40 @@ Tensor dx(const Tensor& dy, const Tensor& weight, const Tensor& bitmap, int64_t 
                  weight.size(1), blocks, std::nullopt);
 }
 
+// Some rows of a matrix, cut into panels as wide as a block, one after the other: a row after a row of
+// the matrix would often take the same place in the cache.
+struct Panels {
+  int64_t width, columns, rows;
+  Tensor memory;
+
+  Panels(const Tensor& of, int64_t rows, int64_t width)
+      : width(width),
+        columns(of.size(1)),
+        rows(rows),
+        memory(torch::stable::new_empty(of, {ceil_div(columns, width) * width * rows})) {}
+
+  // That of this column, the first of a block.
+  float* at(int64_t column) const { return memory.mutable_data_ptr<float>() + column * rows; }
+
+  void fill(const Tensor& of, int64_t first, int64_t count) const {
+    constexpr int64_t some = 16;
+    const int64_t step = of.stride(0);
+    const float* from = of.const_data_ptr<float>() + first * step;
+    torch::stable::parallel_for(0, ceil_div(count, some), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin * some; t < std::min(end * some, count); t += some)
+        for (int64_t column = 0; column < columns; column += width)
+          for (int64_t i = t; i < std::min(t + some, count); ++i)
+            std::memcpy(at(column) + i * width, from + i * step + column,
+                        size_t(4 * std::min(width, columns - column)));
+    });
+  }
+};
+
 Tensor dweight(const Tensor& dy, const Tensor& x, const Tensor& bitmap, int64_t size) {
   const Kernels& kernels = *PK_ISA_FUNCTION(kernels);
   const int64_t tokens = x.size(0), inputs = x.size(1), outputs = dy.size(1);
   const Blocks blocks{bitmap.const_data_ptr<bool>(), bitmap.stride(0), bitmap.stride(1), size};
   Tensor out = torch::stable::new_empty(x, {outputs, inputs});
-  const float *from_dy = dy.const_data_ptr<float>(), *from_x = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, outputs, 64, [&](int64_t begin, int64_t end) {
     std::memset(to + begin * inputs, 0, size_t(4 * (end - begin) * inputs));
@@ -183,16 +211,21 @@ Tensor dweight(const Tensor& dy, const Tensor& x, const Tensor& bitmap, int64_t 
   for (int64_t i = 0; i * size < outputs; ++i)
     for (int64_t j = 0; j * size < inputs; ++j)
       if (blocks(i, j)) active.push_back({i * size, j * size});
-  torch::stable::parallel_for(0, int64_t(active.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < tokens; t += outer_tokens)
+  const int64_t chunk = std::min(tokens, outer_tokens);
+  const Panels dy_panels(dy, chunk, size), x_panels(x, chunk, size);
+  for (int64_t t = 0; t < tokens; t += chunk) {
+    const int64_t count = std::min(chunk, tokens - t);
+    dy_panels.fill(dy, t, count);
+    x_panels.fill(x, t, count);
+    torch::stable::parallel_for(0, int64_t(active.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const auto [row, column] = active[size_t(item)];
-        kernels.outer_product(from_dy + t * dy.stride(0) + row, dy.stride(0),
-                              from_x + t * x.stride(0) + column, x.stride(0),
-                              std::min(outer_tokens, tokens - t), std::min(size, outputs - row),
-                              std::min(size, inputs - column), to + row * inputs + column, inputs);
+        kernels.outer_product(dy_panels.at(row), size, x_panels.at(column), size, count,
+                              std::min(size, outputs - row), std::min(size, inputs - column),
+                              to + row * inputs + column, inputs);
       }
-  });
+    });
+  }
   return out;
 }
 
