@@ -208,23 +208,41 @@ inline void emit(const Candidates& from, int64_t k, uint32_t kth, int64_t ties, 
   }
 }
 
+// Writes the positions of all `count` < k candidates, which are all that is not zero, and the first of
+// the others.
+inline void emit_with_zeros(const Candidates& from, int64_t count, int64_t k, int64_t* out) {
+  const int64_t zeros = k - count;
+  int64_t i = 0;
+  while (i < count && int64_t(from.positions[i]) - i < zeros) ++i;
+  // Up to here everything is taken.
+  std::iota(out, out + zeros + i, int64_t(0));
+  std::copy(from.positions + i, from.positions + count, out + zeros + i);
+}
+
 // Writes the positions of the k largest magnitudes of a row, 1 <= k <= n, in ascending order; of
 // equal ones, those that come first. Whatever `guess` is: it is for speed alone.
 template <class T>
 void select_row(const T* row, int64_t n, int64_t k, Scratch& scratch, int64_t* out) {
   const int64_t few = std::min(3 * k + 64, n);
-  uint32_t least = scratch.guess;
+  // Zeros are no candidates: where they are too few without, the first zeros are taken.
+  uint32_t least = std::max(scratch.guess, 1u);
   int64_t count = candidates(row, n, least, few, scratch.room(few));
-  if (count < k || count > few) {
-    least = sampled_guess(row, n, k);
+  const auto useless = [&] { return count > few || (count < k && least > 1); };
+  if (useless()) {
+    least = std::max(sampled_guess(row, n, k), 1u);
     count = candidates(row, n, least, few, scratch.room(few));
-    if (count < k) least = 0;
-    if (count < k || count > few) {
-      const int64_t all = least ? count_from(row, n, least) : n;
+    if (useless()) {
+      if (count < k) least = 1;
+      const int64_t all = count_from(row, n, least);
       count = candidates(row, n, least, n, scratch.room(all));
     }
   }
   const Candidates found = scratch.room(0);
+  if (count < k) {
+    emit_with_zeros(found, count, k, out);
+    scratch.guess = 0;
+    return;
+  }
   const int64_t padded = filled(found.keys, count);
   const uint32_t kth = kth_key(found.keys, padded, k);
   emit(found, k, kth, k - split(found.keys, padded, kth + 1).count, out);
