@@ -137,8 +137,6 @@ inline uint32_t kth_key(const uint32_t* keys, int64_t n, int64_t k) {
     keep_smaller(least, some), keep_larger(most, some);
   }
   auto low = uint32_t(reduced(least, keep_smaller)), high = uint32_t(reduced(most, keep_larger));
-  // Of many candidates most are equal, and small: zeros behind a ReLU.
-  if (n > 4 * (k + group) && split(keys, n, low + 1).count < k) return low;
   // Two of the keys: there are `from_low` >= k of `low` or more, and `above` < k of more than `high`.
   int64_t from_low = n, above = 0;
   for (bool halve = false; low < high; halve = !halve) {
