@@ -16,6 +16,8 @@ from bench import machine
 
 Rows = Mapping[str, Mapping[str, Any]]
 
+# What differs from run to run on one machine.
+_MEASURED = {"load", "gemm_gflops_per_s", "copy_gb_per_s"}
 # What a ratio may lose: more than paired timing is off by.
 TOLERANCE = 0.1
 
@@ -52,9 +54,17 @@ def markdown(rows: Rows) -> Iterator[str]:
 
 
 def write(path: Path, rows: Rows) -> None:
-    """Write the figures of one run and what they depend on."""
+    """Write the figures of one run and what they depend on.
+
+    Cases that are there and were not run again stay, if they were timed with the same software.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {"machine": machine.description(), "cases": rows}
+    described, kept = machine.description(), {}
+    if path.exists():
+        old = json.loads(path.read_text())
+        if all(old["machine"].get(key) == described[key] for key in described.keys() - _MEASURED):
+            kept = old["cases"]
+    contents = {"machine": described, "cases": {**kept, **rows}}
     path.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
 
 

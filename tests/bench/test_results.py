@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import machine, results
 
@@ -32,6 +33,18 @@ def test_a_file_says_what_its_figures_depend_on(tmp_path: Path, monkeypatch: pyt
     assert written["cases"] == ROWS
     assert written["machine"]["gemm_gflops_per_s"] == 200
     assert {"processor", "threads", "torch", "load"} <= written["machine"].keys()
+
+
+def test_cases_that_were_not_run_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "rates", lambda: machine.Rates(2e11, 3e10))
+    path = tmp_path / "suite.json"
+    results.write(path, {"one": {"ms": 1.0}, "two": {"ms": 2.0}})
+    results.write(path, {"two": {"ms": 3.0}})
+    assert json.loads(path.read_text())["cases"] == {"one": {"ms": 1.0}, "two": {"ms": 3.0}}
+    # Not beside those of other software.
+    monkeypatch.setattr(torch, "__version__", "0")
+    results.write(path, {"two": {"ms": 4.0}})
+    assert json.loads(path.read_text())["cases"] == {"two": {"ms": 4.0}}
 
 
 def test_the_floor_is_of_arithmetic_or_of_memory():
