@@ -32,9 +32,12 @@ env: .venv/.installed
 demo: env
 	.venv/bin/maskedtrain demo
 
-# One thread for each of the workers: more would fight over the cores.
+# One thread for each of the workers: more would fight over the cores. Triton is told when it is
+# imported that it shall interpret its kernels.
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 test: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" $(WORKERS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/interpret $(WORKERS)
 
 # A build of its own beside the usual one; Python itself, which is not instrumented, leaks by design.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from partial_kernels._native import OutdatedLibrary, native_status
 
-__all__ = ["cases", "families", "load", "unavailable"]
+__all__ = ["INTERPRETED", "cases", "families", "load", "unavailable"]
 
 PACKAGE = __name__.split(".", 1)[0]
+# Triton reads it, too, once: kernels run in its interpreter, on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ROOT = Path(__file__).resolve().parents[1]
 _outdated: dict[str, str] = {}
 
@@ -38,7 +43,9 @@ def _missing() -> dict[str, str]:
     native = native_status()
     if native.reason is not None:
         reasons["native"] = f"the compiled library is not available: {native.reason}"
-    if importlib.util.find_spec("triton") is None:
+    if torch.version.cuda is None and not INTERPRETED:
+        reasons["triton"] = f"torch {torch.__version__} is built without CUDA"
+    elif importlib.util.find_spec("triton") is None:
         reasons["triton"] = "triton is not installed"
     return reasons
 

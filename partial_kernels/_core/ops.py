@@ -33,16 +33,25 @@ IMPL_VARIABLE = "PARTIAL_KERNELS_IMPL"
 # Types of arguments that cannot bring a dispatch of their own.
 _PLAIN = {Tensor, Parameter, torch.dtype, int, float, bool, str, type(None)}
 
-Supports = Callable[..., str | None]
+Why = Callable[..., str | None]
+
+
+def _nothing(*_: Any) -> None:
+    """No objection."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of an op: ``supports(*args)`` returns why it cannot take these, or None."""
+    """An implementation of an op.
+
+    ``supports(*args)`` returns why it cannot take these, ``declines(*args)`` why "auto" takes
+    another although it can; or None.
+    """
 
     name: str
     run: Callable[..., Any]
-    supports: Supports
+    supports: Why
+    declines: Why
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,12 @@ class Op:
         return self._run(*args) if _untraced(args) else self._call(*args)
 
     def backend(
-        self, name: str, supports: Supports = lambda *_: None
+        self, name: str, supports: Why = _nothing, declines: Why = _nothing
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: add a backend. ``auto`` tries the most recently added one first."""
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends.insert(0, Backend(name, run, supports))
+            self.backends.insert(0, Backend(name, run, supports, declines))
             return run
 
         return add
@@ -142,7 +151,9 @@ class Op:
                 reasons[backend.name] = f"impl={wanted!r} was asked for"
             elif chosen is not None:
                 reasons[backend.name] = f"{chosen.name} is preferred"
-            elif (why := backend.supports(*inputs)) is not None:
+            elif (why := backend.supports(*inputs)) is not None or (
+                wanted == "auto" and (why := backend.declines(*inputs)) is not None
+            ):
                 reasons[backend.name] = why
             else:
                 chosen = backend
@@ -166,7 +177,11 @@ class Op:
     def _first(self, inputs: list[Any], wanted: str) -> Backend | None:
         """The backend that ``choose`` chooses."""
         for backend in self.backends:
-            if wanted in ("auto", backend.name) and backend.supports(*inputs) is None:
+            if (
+                wanted in ("auto", backend.name)
+                and backend.supports(*inputs) is None
+                and (wanted != "auto" or backend.declines(*inputs) is None)
+            ):
                 return backend
         return None
 

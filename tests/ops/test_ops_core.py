@@ -262,10 +262,16 @@ def test_explain_checks_arguments_as_the_call_does() -> None:
     assert pk.masked_linear(torch.ones(1, 2), torch.ones(2, 2), mask=pk.Prefix(1)).tolist() == [[2]]
 
 
-def test_explain_names_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_says_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason() -> str:
+        call = torch.ones(1, 2), torch.ones(2, 2)
+        return pk.explain("masked_linear", *call, mask=pk.Prefix(1)).reasons["triton"]
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert reason() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(discovery.importlib.util, "find_spec", lambda name: None)
-    choice = pk.explain("masked_linear", torch.ones(1, 2), torch.ones(2, 2), mask=pk.Prefix(1))
-    assert choice.reasons["triton"] == "triton is not installed"
+    assert reason() == "triton is not installed"
 
 
 def test_families_are_found_by_their_folders() -> None:

@@ -1,0 +1,116 @@
+"""What Triton backends share: where they run, one way to launch, and a record of what would be."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partial_kernels._core.discovery import INTERPRETED
+
+__all__ = [
+    "Launch",
+    "Tile",
+    "capability",
+    "ceil_div",
+    "launch",
+    "precision",
+    "recorded",
+    "refuses",
+]
+
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's configuration: sizes of its tile, and what the compiler is told beside them."""
+
+    sizes: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: Tile
+
+
+_record: ContextVar[tuple[list[Launch], int] | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recorded(capability: int) -> Generator[list[Launch]]:
+    """Within it nothing is launched; the list that it gives has what would have been, on a device
+    of this compute capability (90 for 9.0).
+    """
+    launches: list[Launch] = []
+    token = _record.set((launches, capability))
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
+
+
+def capability(tensor: Tensor) -> int:
+    """The compute capability of the tensor's device, 90 for 9.0."""
+    if (record := _record.get()) is not None:
+        return record[1]
+    major, minor = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile, **constants: Any) -> None:
+    """Run the kernel on the device of its first argument."""
+    if (record := _record.get()) is not None:
+        record[0].append(Launch(kernel, grid, args, constants, tile))
+        return
+    with _on(args[0]):
+        kernel[grid](
+            *args,
+            **constants,
+            **tile.sizes,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    if INTERPRETED or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Why Triton kernels cannot take these."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not (tensor.is_cuda or INTERPRETED):
+            return f"it runs on CUDA, got {tensor.device}"
+        if tensor.dtype not in _DTYPES:
+            return f"it computes in fp32, bf16 and fp16, got {tensor.dtype}"
+        if tensor.is_neg():
+            return "it reads memory as it is, got a negated view"
+    return None
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def precision() -> str:
+    """How products of fp32 numbers are taken: as torch's own are on CUDA."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,215 @@
+"""Triton backends for Prefix and Index masks on CUDA: one product that gathers as it loads.
+
+``C[M, N] = A[M, K] B[K, N] (+ bias[N])``, with any strides, in tiles:
+
+==========  ======  ============  =======================================
+            A       B             picked by an index, or leading
+==========  ======  ============  =======================================
+forward     x       W[S, C]^T     k: columns of W, n: rows of W and bias
+dx          dy      W[S, C]       k: rows of W, n: columns of W
+dW[S, C]    dy^T    x             m, n: where C goes in dW
+==========  ======  ============  =======================================
+
+Rows of W are gathered at no cost; columns, which adjoin in memory, only where an index is sorted
+into runs. Sums are in fp32, in one order. Tiles of A's rows are taken in groups, which share tiles
+of B in the L2 cache.
+"""
+
+# Triton's language has no types.
+# pyright: basic
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from partial_kernels._core.gpu import Tile, capability, ceil_div, launch, precision, refuses
+from partial_kernels.submatrix.reference import OPS
+
+
+@triton.jit
+def _product(
+    a,
+    b,
+    bias,
+    c,
+    k_index,
+    n_index,
+    m_place,
+    n_place,
+    M,
+    N,
+    K,
+    a_m,
+    a_k,
+    b_k,
+    b_n,
+    bias_n,
+    c_m,
+    c_n,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Without it Triton 3.6 serialises wgmma in half of the configurations.
+    tl.assume(K > 0)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    program = tl.program_id(0)
+    group, within = program // (GROUP * tiles_n), program % (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    m = (group * GROUP + within % height) * BM + tl.arange(0, BM)
+    n = (within // height) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    m_inside, n_inside = m < M, n < N
+    n_at = n.to(tl.int64)
+    if n_index is not None:
+        n_at = tl.load(n_index + n, mask=n_inside, other=0)
+    a_at = a + m.to(tl.int64)[:, None] * a_m + k[None, :] * a_k
+    b_at = b + n_at[None, :] * b_n
+    if k_index is None:
+        b_at += k[:, None] * b_k
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for first in range(0, K, BK):
+        k_inside = k < K - first
+        a_tile = tl.load(a_at, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+        b_mask = k_inside[:, None] & n_inside[None, :]
+        if k_index is None:
+            b_tile = tl.load(b_at, mask=b_mask, other=0.0)
+            b_at += BK * b_k
+        else:
+            k_at = tl.load(k_index + first + k, mask=k_inside, other=0)
+            b_tile = tl.load(b_at + k_at[:, None] * b_k, mask=b_mask, other=0.0)
+        a_at += BK * a_k
+        total = tl.dot(a_tile, b_tile.to(a_tile.dtype), total, input_precision=PRECISION)
+    if bias is not None:
+        total += tl.load(bias + n_at * bias_n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
+    c_row, c_column = m.to(tl.int64), n.to(tl.int64)
+    if m_place is not None:
+        c_row = tl.load(m_place + m, mask=m_inside, other=0)
+    if n_place is not None:
+        c_column = tl.load(n_place + n, mask=n_inside, other=0)
+    c_at = c + c_row[:, None] * c_m + c_column[None, :] * c_n
+    tl.store(c_at, total.to(c.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])
+
+
+# Tokens from which on it costs less to gather rows first, for cuBLAS: gathering is 363 / T of a
+# product's time on an H200, by its bytes, and this kernel is slower than cuBLAS by a quarter.
+_MANY_TOKENS = 1500
+
+
+def _tile(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
+    """Big tiles move fewest bytes; if there were few, smaller ones leave fewer processors idle."""
+    tiles = ceil_div(m, 128) * ceil_div(n, 128)
+    # An index to load before each tile of B takes two of the pipeline's stages.
+    stages = 5 if gathers_k else 3
+    if a.dtype == torch.float32 and precision() == "ieee":
+        return _sized(64, 64, 32, num_warps=4, num_stages=stages)
+    if a.dtype == torch.float32:
+        return _sized(128, 128, 32, num_warps=8, num_stages=stages)
+    if tiles < 66:
+        return _sized(64, 64, 64, num_warps=4, num_stages=stages + 1)
+    # Before Hopper the largest would not fit the registers.
+    if tiles < 528 or capability(a) < 90:
+        return _sized(128, 128, 64, num_warps=8, num_stages=stages)
+    return _sized(128, 256, 64, num_warps=8, num_stages=stages)
+
+
+def _sized(bm: int, bn: int, bk: int, **options: int) -> Tile:
+    return Tile({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, **options)
+
+
+def _multiply(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    shape: tuple[int, int, int],
+    *,
+    bias: Tensor | None = None,
+    picked: tuple[Tensor | None, Tensor | None] = (None, None),
+    placed: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """``c = a b + bias`` for M, N, K: ``picked`` of b's rows and columns, ``placed`` in c's."""
+    m, n, k = shape
+    if m == 0 or n == 0:
+        return
+    if k == 0:
+        c.zero_()
+        if bias is not None:
+            c += bias[:n] if picked[1] is None else bias.index_select(0, picked[1])
+        return
+    tile = _tile(a, m, n, picked[0] is not None)
+    grid = (ceil_div(m, tile.sizes["BM"]) * ceil_div(n, tile.sizes["BN"]),)
+    strides = *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride()
+    operands = a, b, bias, c, *picked, *placed, m, n, k, *strides
+    launch(_product, grid, *operands, tile=tile, PRECISION=precision())
+
+
+def _supports(*args: Any) -> str | None:
+    return refuses(*(arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()))
+
+
+def _declines(product: Tensor, *rest: Any) -> str | None:
+    *_, rows, columns = rest
+    if rows is None and columns is None:
+        return "cuBLAS takes leading rows and columns where they are"
+    if columns is not None:
+        return "columns are gathered first, for cuBLAS"
+    if product.shape[0] >= _MANY_TOKENS:
+        return "rows are gathered first, for cuBLAS: there are many tokens"
+    return None
+
+
+def _kept(index: Tensor | None, leading: int) -> int:
+    return leading if index is None else index.shape[0]
+
+
+@OPS.forward.backend("triton", _supports, _declines)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    row_index: Tensor | None,
+    col_index: Tensor | None,
+) -> Tensor:
+    (tokens, columns), kept = x.shape, _kept(row_index, rows)
+    y = x.new_empty(tokens, kept)
+    picked = col_index, row_index
+    _multiply(x, weight.mT, y, (tokens, kept, columns), bias=bias, picked=picked)
+    return y
+
+
+@OPS.dx.backend("triton", _supports, _declines)
+def _(
+    dy: Tensor,
+    weight: Tensor,
+    width: int,
+    rows: int,
+    row_index: Tensor | None,
+    col_index: Tensor | None,
+) -> Tensor:
+    (tokens, kept) = dy.shape
+    dx = dy.new_empty(tokens, width)
+    _multiply(dy, weight, dx, (tokens, width, kept), picked=(row_index, col_index))
+    return dx
+
+
+@OPS.dweight.backend("triton", _supports, _declines)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: int,
+    row_index: Tensor | None,
+    col_index: Tensor | None,
+) -> Tensor:
+    (tokens, kept), columns = dy.shape, x.shape[1]
+    dweight = weight.new_zeros(weight.shape)
+    _multiply(dy.mT, x, dweight, (kept, columns, tokens), placed=(row_index, col_index))
+    return dweight
