@@ -43,10 +43,9 @@ def selection(mask: Mask, tensor: Tensor) -> Selection:
     if isinstance(mask, Full):
         return EVERYTHING
     if isinstance(mask, Index):
-        rows, cols = (None if i is None else i.to(tensor.device) for i in (mask.rows, mask.cols))
-        return rows, cols, None
+        return mask.on(tensor.device, "rows"), mask.on(tensor.device, "cols"), None
     if isinstance(mask, Packed):
-        return None, None, mask.index.to(tensor.device)
+        return None, None, mask.on(tensor.device, "index")
     return None, None, mask.laid_out(tensor.shape, tensor.device)
 
 

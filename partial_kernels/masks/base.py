@@ -55,6 +55,25 @@ class Mask:
             self.__dict__["_laid_out"] = (tuple(shape), device), held
         return cast("Tensor", held)
 
+    def on(self, device: torch.device, name: str) -> Tensor | None:
+        """The mask's index of this name on the device, if it has one: copied there once, since to
+        copy is to wait for the device.
+        """
+        index: Tensor | None = getattr(self, name)
+        if index is None or index.device == device:
+            return index
+        if torch.compiler.is_compiling():
+            return index.to(device)
+        copies: dict[Any, Tensor] = self.__dict__.setdefault("_copies", {})
+        if (copied := copies.get((name, device))) is None:
+            # One that is made in inference mode could not be saved for a backward later.
+            with torch.inference_mode(False):
+                copied = index.to(device)
+            # A fake one holds nothing.
+            if type(copied) is Tensor:
+                copies[name, device] = copied
+        return copied
+
     def restrict(self, tensor: Tensor) -> Tensor:
         """The tensor as the sub-network sees it: cut out if compact, else zero off the mask;
         differentiable.

@@ -163,15 +163,10 @@ class Index(ByContent):
 
     def restrict(self, tensor: Tensor) -> Tensor:
         # Two index_selects beat W[rows[:, None], cols] by 2-3x.
-        for axis, index in enumerate((self.rows, self.cols)):
-            if index is not None:
-                tensor = tensor.index_select(axis, self.on(tensor.device, index))
+        for axis, name in enumerate(("rows", "cols")):
+            if (index := self.on(tensor.device, name)) is not None:
+                tensor = tensor.index_select(axis, index)
         return tensor
-
-    @staticmethod
-    def on(device: torch.device, index: Tensor) -> Tensor:
-        """The index on this device."""
-        return index if index.device == device else index.to(device)
 
     @cached_property
     def _key(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]

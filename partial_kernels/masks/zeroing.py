@@ -142,7 +142,8 @@ class Packed(ByContent):
 
     def dense(self, shape: Shape, device: torch.device | str | None = None) -> Tensor:
         out = torch.zeros(math.prod(shape), dtype=torch.bool, device=device)
-        out.index_fill_(0, self.index.to(out.device), True)
+        index = cast("Tensor", self.on(out.device, "index"))
+        out.index_fill_(0, index, True)
         return out.view(tuple(shape))
 
     @cached_property

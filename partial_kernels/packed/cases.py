@@ -18,10 +18,11 @@ from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
     doubled,
+    magnitudes_of_few,
     random_tensors,
     results,
 )
-from partial_kernels._core.testing import assert_within_budget, max_error, poisoned
+from partial_kernels._core.testing import assert_within_budget, poisoned
 from partial_kernels.packed.function import packed_linear
 
 __all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
@@ -177,13 +178,9 @@ def check(
     with poisoned():
         actual = results(packed_linear, {**arguments, "impl": impl}, dy, frozen=("weight",))
     plain = results(plain_packed, arguments, dy, frozen=("weight",))
-    double = doubled(arguments)
-    exact = results(plain_packed, double, dy.double(), frozen=("weight",))
+    exact = results(plain_packed, doubled(arguments), dy.double(), frozen=("weight",))
     assert actual.keys() == exact.keys()
-    positive = {
-        name: value.abs() if isinstance(value, Tensor) else value for name, value in double.items()
-    }
-    terms = results(plain_packed, positive, dy.double().abs(), frozen=("weight",))
+    magnitudes = magnitudes_of_few(plain_packed, arguments, dy, frozen=("weight",))
     for name, result in actual.items():
-        what, magnitude = f"{case.name}: {name}", max_error(terms[name], torch.zeros(()))
+        what, magnitude = f"{case.name}: {name}", magnitudes[name]
         assert_within_budget(result, plain[name], exact[name], what=what, magnitude=magnitude)

@@ -131,7 +131,7 @@ def _check(
     checked = isinstance(index, Packed)
     if isinstance(index, Packed):
         index.check(weight.shape)
-        index = index.index.to(weight.device)
+        index = cast("Tensor", index.on(weight.device, "index"))
     if index.ndim != 1 or index.dtype != torch.int64:
         raise ValueError(
             f"index must be a 1-D int64 tensor, got {index.ndim}-D {str(index.dtype)[6:]}"

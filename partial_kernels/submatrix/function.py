@@ -25,9 +25,7 @@ _linear = linear_function(OPS)
 def _selection(mask: Prefix | Index, weight: Tensor) -> Selection:
     if isinstance(mask, Prefix):
         return weight.shape[0] if mask.rows is None else mask.rows, None, None
-    row_index, col_index = (
-        None if index is None else mask.on(weight.device, index) for index in (mask.rows, mask.cols)
-    )
+    row_index, col_index = mask.on(weight.device, "rows"), mask.on(weight.device, "cols")
     # An index's own length would be one more symbol for dynamo to carry to the backward.
     return weight.shape[0] if row_index is None else 0, row_index, col_index
 

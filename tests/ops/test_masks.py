@@ -15,6 +15,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import partial_kernels as pk
 from partial_kernels.masks import Difference, union
@@ -325,3 +326,24 @@ def test_bad_masks_are_refused(make: Any, error: type[Exception], message: str) 
 def test_masks_that_do_not_fit_are_refused(mask: pk.Mask, shape: Shape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mask.check(shape)
+
+
+@pytest.mark.parametrize("mask", [pk.Index([0, 2], [1]), pk.Packed([1, 5])], ids=repr)
+def test_an_index_is_copied_to_a_device_once(mask: pk.Mask) -> None:
+    name = "index" if isinstance(mask, pk.Packed) else "rows"
+    meta, here = torch.device("meta"), torch.device("cpu")
+    there = mask.on(meta, name)
+    assert there is not None and there.device == meta and mask.on(meta, name) is there
+    assert mask.on(here, name) is getattr(mask, name)
+    assert copy.deepcopy(mask) == mask and copy.deepcopy(mask).on(here, name) is not there
+    assert pk.Index(cols=[1]).on(meta, "rows") is None
+
+
+def test_a_copy_of_an_index_serves_every_mode() -> None:
+    mask, meta = pk.Index([0, 2]), torch.device("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = mask.on(meta, "rows")
+    with torch.inference_mode():
+        copied = mask.on(meta, "rows")
+    assert copied is not None and copied is not fake and not copied.is_inference()
+    assert mask.on(meta, "rows") is copied

@@ -95,9 +95,9 @@ class SwitchNorm(MaskedModule, nn.BatchNorm2d):
             # To batch_norm no weight is a weight of 1.
             weight = torch.zeros_like(self.weight)
         y = F.batch_norm(input, mean, var, weight, bias, use_batch, factor, self.eps)
-        if updates and isinstance(mask, Index) and mask.rows is not None:
+        rows = mask.on(input.device, "rows") if updates and isinstance(mask, Index) else None
+        if rows is not None:
             # A Prefix part is a view, updated in place; an Index part is a copy to be put back.
-            rows = mask.on(input.device, mask.rows)
             for stat, part in zip(stats, (mean, var), strict=True):
                 if stat is not None and part is not None:
                     stat.index_copy_(0, rows, part)
