@@ -10,6 +10,14 @@ from torch import Tensor
 
 __all__ = ["check_linear", "check_tensors", "compute_dtype", "no_autocast"]
 
+# Other devices (meta) know no autocast, and asking whether it is on raises there. Asked here, since
+# dynamo of torch 2.11 cannot trace the question.
+_AUTOCASTING = {
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")
+    if torch.amp.is_autocast_available(device)
+}
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer computes in: autocast's where it is on, else x's."""
@@ -26,9 +34,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _autocasts(x: Tensor) -> bool:
-    # Some devices (meta) know no autocast, and asking whether it is on raises there.
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCASTING and torch.is_autocast_enabled(device)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, rows: int, cols: int) -> None:
