@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 
 from bench.machine import rates
-from bench.paired import Disturbed, paired, seconds
+from bench.paired import figures, seconds
 from partial_kernels._core import discovery
 
 # That the rounds of one case may take, if none is disturbed.
@@ -56,13 +56,8 @@ def test_kernel(benchmark, note, name):
     best = min(times, key=times.__getitem__)
     floor = rates().floor_s(contest.flops, contest.bytes)
     note(ms=1e3 * ours, baseline=best)
-    try:
-        rounds = int(SECONDS / (2 * times[best] + ours))
-        found = paired(contest.baselines[best], contest.ours, rounds=min(max(rounds, 5), 31))
-    except Disturbed as disturbed:
-        note(ratio=str(disturbed))
-    else:
-        note(ratio=found.ratio, low=found.low, high=found.high, control=found.control)
+    rounds = min(max(int(SECONDS / (2 * times[best] + ours)), 5), 31)
+    note(**figures("ratio", contest.baselines[best], contest.ours, rounds=rounds))
     note(bar=contest.bar, floor_ms=1e3 * floor, share_of_floor=floor / ours)
     benchmark.extra_info |= {
         "flops": contest.flops,

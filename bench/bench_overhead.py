@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import partial_kernels as pk
-from bench.paired import Disturbed, paired
+from bench.paired import figures
 from partial_kernels.submatrix.reference import OPS
 
 SIZE = 4
@@ -49,10 +49,5 @@ def test_call(benchmark, note, case):
     with torch.no_grad() if case == "op" else nullcontext():
         benchmark(ours)
         note(us=1e6 * benchmark.stats["median"], baseline="F.linear")
-        try:
-            found = paired(baseline, ours, rounds=31, warmup=100)
-        except Disturbed as disturbed:
-            note(ratio=str(disturbed))
-        else:
-            note(ratio=found.ratio, low=found.low, high=found.high, control=found.control)
+        note(**figures("ratio", baseline, ours, rounds=31, warmup=100))
     note(bar=BARS[case])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.paired import Disturbed, paired
+from bench.paired import figures
 from maskedtrain import SubNetwork, Trainer
 from maskedtrain.methods import ATS, Method, Slimmable, Standard
 from maskedtrain.models import resnet8, resnet18
@@ -70,12 +70,4 @@ def test_step(benchmark, note, model, method):
     if method == "ats":
         slimmable = Steps(model, "slimmable")
         note(flops_of_slimmable=steps.flops / slimmable.flops)
-        note(**time_of_slimmable(slimmable, steps))
-
-
-def time_of_slimmable(slimmable: Steps, steps: Steps) -> dict[str, float | str]:
-    try:
-        found = paired(slimmable, steps, rounds=7)
-    except Disturbed as disturbed:
-        return {"time_of_slimmable": str(disturbed)}
-    return {"time_of_slimmable": found.ratio, "low": found.low, "high": found.high}
+        note(**figures("time_of_slimmable", slimmable, steps, rounds=7))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.paired import Disturbed, paired
+from bench.paired import figures
 from maskedtrain import SubNetwork, Trainer, lowrank
 from maskedtrain.methods import ATS, Method, Standard
 from maskedtrain.models import Transformer
@@ -63,9 +63,4 @@ def test_ats(benchmark, note, sizes, ratio):
     share = ats.flops / standard.flops
     note(ms_per_step=1e3 * benchmark.stats["median"] / STEPS, flops_of_standard=share)
     note(bar=MARGIN * share)
-    try:
-        found = paired(standard, ats, rounds=7)
-    except Disturbed as disturbed:
-        note(time_of_standard=str(disturbed))
-    else:
-        note(time_of_standard=found.ratio, low=found.low, high=found.high, control=found.control)
+    note(**figures("time_of_standard", standard, ats, rounds=7))

@@ -13,8 +13,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Disturbed", "Paired", "paired", "seconds"]
+__all__ = ["Disturbed", "Paired", "figures", "paired", "seconds"]
 
 CONTROL = 0.05
 # Seconds that a step must take to be timed alone; shorter ones are repeated.
@@ -104,3 +105,16 @@ def paired(
         b_ms=1e3 * statistics.median(other for _, other, _ in kept) / repeats,
         load=os.getloadavg()[0],
     )
+
+
+def figures(
+    name: str, a: Callable[[], object], b: Callable[[], object], **options: Any
+) -> dict[str, float | str]:
+    """The ratio of ``paired(a, b, **options)`` by this name, its quartiles and the control's; or
+    why there is none.
+    """
+    try:
+        found = paired(a, b, **options)
+    except Disturbed as disturbed:
+        return {name: str(disturbed)}
+    return {name: found.ratio, "low": found.low, "high": found.high, "control": found.control}
