@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from partial_kernels._core.discovery import INTERPRETED
+from partial_kernels._core.tiles import Tile
 
 __all__ = [
     "Launch",
-    "Tile",
     "capability",
     "ceil_div",
     "launch",
@@ -25,15 +25,6 @@ __all__ = [
 ]
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A kernel's configuration: sizes of its tile, and what the compiler is told beside them."""
-
-    sizes: Mapping[str, int]
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partial_kernels._core.derived import derived
 from partial_kernels._native import native_op
 from partial_kernels.optim.reference import ADAMW, SGD, Selections
 
@@ -26,25 +27,15 @@ _mask_bits = native_op("mask_bits_cpu")
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
-# The attribute of a mask's tensor that holds its bits, with the version they were made from: they
-# are an eighth of what is to be read in every step.
-_BITS = "_partial_kernels_bits"
-
-
 def _bits(param: Tensor, elements: Tensor | None) -> Tensor | None:
+    """The elements, a mask as bits: an eighth of what is to be read in every step."""
     if elements is None or elements.dtype != torch.bool:
         return elements
     if elements.shape != param.shape:
         raise RuntimeError(
             f"tensors must have one shape, got {list(elements.shape)} and {list(param.shape)}"
         )
-    if elements.is_inference():
-        return _mask_bits(elements.contiguous())
-    version, bits = getattr(elements, _BITS, (None, None))
-    if version != elements._version:
-        bits = _mask_bits(elements.contiguous())
-        setattr(elements, _BITS, (elements._version, bits))
-    return bits
+    return derived(elements, "bits", lambda: _mask_bits(elements.contiguous()))
 
 
 def _supports(params: Sequence[Tensor], *rest: Any) -> str | None:

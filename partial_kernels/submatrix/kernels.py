@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from partial_kernels._core.gpu import Tile, capability, ceil_div, launch, precision, refuses
+from partial_kernels._core.gpu import capability, ceil_div, launch, precision, refuses
+from partial_kernels._core.tiles import Tile, bucket, tuned
 from partial_kernels.submatrix.reference import OPS
 
 
@@ -104,7 +105,7 @@ def _product(
 _MANY_TOKENS = 1500
 
 
-def _tile(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
+def _default(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
     """Big tiles move fewest bytes; if there were few, smaller ones leave fewer processors idle."""
     tiles = ceil_div(m, 128) * ceil_div(n, 128)
     # An index to load before each tile of B takes two of the pipeline's stages.
@@ -123,6 +124,25 @@ def _tile(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
 
 def _sized(bm: int, bn: int, bk: int, **options: int) -> Tile:
     return Tile({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, **options)
+
+
+CANDIDATES = {
+    "submatrix": tuple(
+        _sized(bm, bn, bk, num_warps=num_warps, num_stages=num_stages)
+        for bm, bn, bk, num_warps in (
+            (64, 64, 64, 4),
+            (64, 128, 64, 4),
+            (128, 64, 64, 4),
+            (128, 128, 64, 8),
+            (128, 128, 32, 8),
+            (128, 256, 64, 8),
+            (256, 128, 64, 8),
+            (64, 64, 32, 4),
+        )
+        for num_stages in (3, 4, 5)
+    )
+}
+"""Tiles that ``maskedtrain bench --tune`` tries."""
 
 
 def _multiply(
@@ -144,7 +164,9 @@ def _multiply(
         if bias is not None:
             c += bias[:n] if picked[1] is None else bias.index_select(0, picked[1])
         return
-    tile = _tile(a, m, n, picked[0] is not None)
+    gathers_k = picked[0] is not None
+    sizes = f"{bucket(m, n, k)} {a.dtype}{' gathered' * gathers_k}"
+    tile = tuned("submatrix", sizes, a.device, _default(a, m, n, gathers_k))
     grid = (ceil_div(m, tile.sizes["BM"]) * ceil_div(n, tile.sizes["BN"]),)
     strides = *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride()
     operands = a, b, bias, c, *picked, *placed, m, n, k, *strides
