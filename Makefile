@@ -32,12 +32,16 @@ env: .venv/.installed
 demo: env
 	.venv/bin/maskedtrain demo
 
-# One thread for each of the workers: more would fight over the cores. Triton is told when it is
-# imported that it shall interpret its kernels.
+# One thread for each of the workers: more would fight over the cores. The second session has what
+# runs GPU kernels on the CPU: Triton's interpreter, and CUDA's device language in C++.
 WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
-test: env
+EMULATED := build/emulated/_C_cuda.so
+$(EMULATED): env $(wildcard csrc/cuda/* csrc/common/*.h tests/emulated/*)
+	$(PY) -m tests.emulated.build $@
+test: env $(EMULATED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" $(WORKERS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/interpret $(WORKERS)
+	TRITON_INTERPRET=1 PARTIAL_KERNELS_EMULATED=$(EMULATED) OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest tests/interpret tests/emulated $(WORKERS)
 
 # A build of its own beside the usual one; Python itself, which is not instrumented, leaks by design.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -63,4 +67,4 @@ gpu: env
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.installed
-	rm -f partial_kernels/_C.* partial_kernels/_build_failure.txt
+	rm -f partial_kernels/_C*

@@ -48,7 +48,7 @@ py::dict build_info() {
   using namespace py::literals;
   return py::dict("compiler"_a = compiler(), "cxx_standard"_a = __cplusplus / 100 % 100,
                   "isas"_a = isas(), "isa"_a = isa(), "torch_headers"_a = TORCH_VERSION,
-                  "torch_abi"_a = abi_target(), "cuda_archs"_a = py::list());
+                  "torch_abi"_a = abi_target());
 }
 
 }  // namespace

@@ -1,24 +1,40 @@
-"""The compiled library partial_kernels._C: how it was built, or why it is not here."""
+"""The compiled libraries: ``_C`` for the CPU, ``_C_cuda`` for CUDA; or why they are not here."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from sysconfig import get_config_var
 from typing import Any
 
-__all__ = ["NativeStatus", "OutdatedLibrary", "contiguous_rows", "native_op", "native_status"]
+__all__ = [
+    "EMULATED",
+    "NativeStatus",
+    "OutdatedLibrary",
+    "contiguous_rows",
+    "cuda_status",
+    "native_op",
+    "native_status",
+]
 
 # The library leaves libtorch's symbols to be found in the process, so torch is loaded first.
 import torch
 
+# Without complete types.
+_ops: Any = torch.ops
+
+EMULATED = os.environ.get("PARTIAL_KERNELS_EMULATED")
+"""A library of the CUDA kernels that runs them on the CPU, for tests; None otherwise."""
+
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """`reason` says why the library is not available; `info` is its build_info()."""
+    """`reason` says why the library is not available; `info` is how it was built."""
 
     available: bool
     reason: str | None = None
@@ -31,11 +47,30 @@ def native_status() -> NativeStatus:
     try:
         library = importlib.import_module("partial_kernels._C")
     except ModuleNotFoundError:
-        return NativeStatus(available=False, reason=_not_built())
+        return NativeStatus(available=False, reason=_not_built("_C"))
     except ImportError as error:
         reason = f"it does not load with torch {torch.__version__}: {error}"
         return NativeStatus(available=False, reason=reason)
     return NativeStatus(available=True, info=library.build_info())
+
+
+@functools.cache
+def cuda_status() -> NativeStatus:
+    """As ``native_status``, of the CUDA kernels' library."""
+    if torch.version.cuda is None and EMULATED is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+        return NativeStatus(available=False, reason=reason)
+    path = Path(EMULATED or _path("_C_cuda"))
+    if not path.exists():
+        return NativeStatus(available=False, reason=_not_built("_C_cuda"))
+    try:
+        _ops.load_library(path)
+        describe = ctypes.CDLL(str(path)).partial_kernels_cuda_info
+    except (OSError, AttributeError) as error:
+        reason = f"it does not load with torch {torch.__version__}: {error}"
+        return NativeStatus(available=False, reason=reason)
+    describe.restype = ctypes.c_char_p
+    return NativeStatus(available=True, info={"built": describe().decode()})
 
 
 class OutdatedLibrary(ImportError):
@@ -62,9 +97,12 @@ def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _not_built() -> str:
-    folder = Path(__file__).parent
-    failure = folder / "_build_failure.txt"
+def _path(library: str) -> Path:
+    return Path(__file__).with_name(library + get_config_var("EXT_SUFFIX"))
+
+
+def _not_built(library: str) -> str:
+    failure = Path(__file__).with_name(f"{library}_failure.txt")
     if failure.exists():
         return failure.read_text(encoding="utf-8").strip()
-    return f"{folder / '_C'}{get_config_var('EXT_SUFFIX')} does not exist; run `pip install -e .`"
+    return f"{_path(library)} does not exist; run `pip install -e .`"

@@ -7,7 +7,7 @@
 
 namespace partial_kernels {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What is in memory. The kernels compute in float or double.
 struct Bf16 {

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from partial_kernels._native import OutdatedLibrary, native_status
+from partial_kernels._native import OutdatedLibrary, cuda_status, native_status
 
 __all__ = ["INTERPRETED", "cases", "families", "load", "unavailable"]
 
@@ -33,9 +33,7 @@ def families() -> list[str]:
 def unavailable() -> dict[str, str]:
     """Backends that are not loaded in this process, for some family at least, with the reason."""
     reasons = _missing()
-    if _outdated:
-        reasons["native"] = next(iter(_outdated.values()))
-    return reasons
+    return {**reasons, **_outdated}
 
 
 def _missing() -> dict[str, str]:
@@ -43,6 +41,8 @@ def _missing() -> dict[str, str]:
     native = native_status()
     if native.reason is not None:
         reasons["native"] = f"the compiled library is not available: {native.reason}"
+    if (reason := cuda_status().reason) is not None:
+        reasons["cuda"] = f"the compiled CUDA library is not available: {reason}"
     if torch.version.cuda is None and not INTERPRETED:
         reasons["triton"] = f"torch {torch.__version__} is built without CUDA"
     elif importlib.util.find_spec("triton") is None:
@@ -54,13 +54,13 @@ def load(family: str) -> ModuleType:
     """Import a family and the backends it has that can be loaded here."""
     missing = _missing()
     module = importlib.import_module(f"{PACKAGE}.{family}")
-    for backend, file in (("native", "native"), ("triton", "kernels")):
+    for backend, file in (("native", "native"), ("triton", "kernels"), ("cuda", "cuda")):
         if backend in missing or not (_ROOT / family / f"{file}.py").exists():
             continue
         try:
             importlib.import_module(f"{PACKAGE}.{family}.{file}")
         except OutdatedLibrary as outdated:
-            _outdated[family] = str(outdated)
+            _outdated[backend] = str(outdated)
             warnings.warn(f"{PACKAGE}.{family}: {outdated}", stacklevel=2)
     return module
 

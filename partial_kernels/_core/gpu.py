@@ -13,11 +13,13 @@ from torch import Tensor
 
 from partial_kernels._core.discovery import INTERPRETED
 from partial_kernels._core.tiles import Tile
+from partial_kernels._native import EMULATED
 
 __all__ = [
     "Launch",
     "capability",
     "ceil_div",
+    "elsewhere",
     "launch",
     "precision",
     "recorded",
@@ -81,6 +83,11 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     if INTERPRETED or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def elsewhere(tensor: Tensor) -> str | None:
+    """Why the compiled CUDA kernels cannot take this: it is not on CUDA."""
+    return None if tensor.is_cuda or EMULATED else f"it runs on CUDA, got {tensor.device}"
 
 
 def refuses(*tensors: Tensor | None) -> str | None:

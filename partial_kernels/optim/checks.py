@@ -36,9 +36,21 @@ def check_adamw_options(
     _check_number("weight_decay", weight_decay)
 
 
-def check_steps(steps: Sequence[int], count: int) -> None:
-    if len(steps) != count:
-        raise ValueError(f"steps must have one entry per parameter, {count}, got {len(steps)}")
+def check_steps(steps: Sequence[int] | Tensor, params: Sequence[Tensor]) -> None:
+    if len(steps) != len(params):
+        raise ValueError(
+            f"steps must have one entry per parameter, {len(params)}, got {len(steps)}"
+        )
+    if isinstance(steps, Tensor):
+        if steps.ndim != 1 or steps.dtype != torch.int64:
+            raise ValueError(
+                f"steps must be ints or a 1-D int64 tensor, got {steps.ndim}-D {steps.dtype}"
+            )
+        if params and steps.device != params[0].device:
+            raise ValueError(
+                f"steps must be on the parameters' device {params[0].device}, got {steps.device}"
+            )
+        return
     for i, step in enumerate(steps):
         if isinstance(step, bool) or not isinstance(step, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"steps[{i}] must be an int, got {type(step).__name__}")

@@ -86,7 +86,7 @@ def masked_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     masks: Sequence[Mask],
-    steps: Sequence[int],
+    steps: Sequence[int] | Tensor,
     *,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -119,7 +119,10 @@ def masked_adamw_(
         exp_avgs, exp_avg_sqs: m and v, of the parameters' shapes, fp32 (fp64 for fp64 parameters);
             0 before a region's first update.
         masks: one mask per parameter.
-        steps: t, the number of updates the region has had, this one included.
+        steps: t, the number of updates the region has had, this one included; >= 1. An int64
+            tensor on the parameters' device may take the list's place, whose values are not
+            checked: with it and a learning rate on the device, the step can be captured in a CUDA
+            graph.
         lr: >= 0 and finite. A one-element tensor may take its place, whose value is not checked; it
             keeps a compiled graph valid when the value changes.
         betas: each in [0, 1).
@@ -136,12 +139,23 @@ def masked_adamw_(
     """
     check_adamw_options(lr, betas, eps, weight_decay)
     check_lists(params, grads, masks, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    check_steps(steps, len(params))
+    check_steps(steps, params)
     with torch.no_grad():
         source, (p, g, m, v), selections = split(masks, params, grads, exp_avgs, exp_avg_sqs)
         if p:
-            t = [steps[i] for i in source]
-            ADAMW(p, g, m, v, *selections, t, _tensor(lr), *betas, eps, weight_decay, impl)
+            t, on_device = _steps(steps, source)
+            rate = _tensor(lr)
+            ADAMW(p, g, m, v, *selections, t, on_device, rate, *betas, eps, weight_decay, impl)
+
+
+def _steps(steps: Sequence[int] | Tensor, source: list[int]) -> tuple[list[int], Tensor | None]:
+    """The count of updates of every region: as numbers, or as a tensor."""
+    if not isinstance(steps, Tensor):
+        return [steps[i] for i in source], None
+    # Most often each parameter is one region.
+    if source == list(range(len(steps))):
+        return [], steps.contiguous()
+    return [], torch.stack([steps[i] for i in source])
 
 
 def _tensor(lr: float | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ separately, as torch does where it finds neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ def _(
     cols: Selections,
     elements: Selections,
     steps: Sequence[int],
+    device_steps: Tensor | None,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -81,4 +82,6 @@ def _(
     weight_decay: float,
 ) -> None:
     states, where = (exp_avgs, exp_avg_sqs), (rows, cols, [*map(_bits, params, elements)])
+    if device_steps is not None:
+        steps = cast("Any", device_steps).tolist()
     _adamw(params, grads, *states, *where, steps, lr.item(), beta1, beta2, eps, weight_decay)

@@ -18,7 +18,9 @@ AdamW::
     v = beta2 v + (1 - beta2) g^2
     p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-The order of the arithmetic is that of torch.optim, so that the results are equal bit for bit.
+The order of the arithmetic is that of torch.optim, so that the results are equal bit for bit. The
+learning rate and the counts of updates may be on the device (``device_steps``, int64, in place of
+``steps``): a CUDA graph that holds the step goes on counting then.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ SGD = Op(
 )
 ADAMW = Op(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-    f"Tensor(c!)[] exp_avg_sqs, {SELECTION}, SymInt[] steps, "
+    f"Tensor(c!)[] exp_avg_sqs, {SELECTION}, SymInt[] steps, Tensor? device_steps, "
     "Tensor lr, float beta1, float beta2, float eps, float weight_decay, str impl) -> ()",
     fake=lambda *_: None,
 )
@@ -49,6 +51,19 @@ ADAMW = Op(
 def _read(tensor: Tensor, param: Tensor, where: Sequence[Tensor | None]) -> Tensor:
     """The selected elements of a gradient or a state, which may be all that it holds."""
     return read(tensor, *where) if tensor.shape == param.shape else tensor
+
+
+def number(lr: Tensor) -> float | Tensor:
+    """The learning rate; on a device, whose answer would have to be waited for, as a tensor."""
+    return lr.item() if lr.is_cpu else lr.double()
+
+
+def _add_product(tensor: Tensor, other: Tensor, factor: float | Tensor) -> None:
+    """``tensor += other * factor``, as torch.optim takes it where the factor is a number."""
+    if isinstance(factor, Tensor):
+        tensor.add_(other * factor)
+    else:
+        tensor.add_(other, alpha=factor)
 
 
 def state_dtype(param: torch.dtype) -> torch.dtype:
@@ -69,7 +84,7 @@ def sgd_reference(
     nesterov: bool,
     weight_decay: float,
 ) -> None:
-    rate = lr.item()
+    rate = number(lr)
     for i, (param, grad, *where) in enumerate(
         zip(params, grads, rows, cols, elements, strict=True)
     ):
@@ -82,7 +97,7 @@ def sgd_reference(
             buffer.mul_(momentum).add_(g)
             write(momentum_buffers[i], buffer, *where)
             g = g.add(buffer, alpha=momentum) if nesterov else buffer
-        p.add_(g, alpha=-rate)
+        _add_product(p, g, -rate)
         write(param, p, *where)
 
 
@@ -96,15 +111,17 @@ def adamw_reference(
     cols: Selections,
     elements: Selections,
     steps: Sequence[int],
+    device_steps: Tensor | None,
     lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
-    rate = lr.item()
+    rate = number(lr)
+    counts = steps if device_steps is None else device_steps.double()
     for param, grad, exp_avg, exp_avg_sq, step, *where in zip(
-        params, grads, exp_avgs, exp_avg_sqs, steps, rows, cols, elements, strict=True
+        params, grads, exp_avgs, exp_avg_sqs, counts, rows, cols, elements, strict=True
     ):
         dtype = state_dtype(param.dtype)
         p = read(param, *where).to(dtype)
@@ -114,6 +131,10 @@ def adamw_reference(
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-        p.addcdiv_(m, denominator, value=-rate / (1 - beta1**step))
+        size = -rate / (1 - beta1**step)
+        if isinstance(size, Tensor):
+            p.add_(size * m / denominator)
+        else:
+            p.addcdiv_(m, denominator, value=size)
         for tensor, values in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
             write(tensor, values, *where)

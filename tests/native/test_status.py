@@ -20,7 +20,6 @@ def test_info_says_how_the_library_was_built() -> None:
     assert info["isa"] == os.environ.get("PARTIAL_KERNELS_ISA", info["isas"][-1])
     assert info["torch_abi"] == "2.11"
     assert tuple(map(int, info["torch_headers"].split(".")[:2])) >= (2, 11)
-    assert info["cuda_archs"] == []
 
 
 @pytest.mark.skipif(not status.available, reason=f"no compiled library: {status.reason}")

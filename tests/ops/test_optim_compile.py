@@ -36,7 +36,7 @@ def test_opcheck(rule: str, mask: pk.Mask) -> None:
         torch.library.opcheck(SGD._call, (*pieces, *selections, lr, 0.9, True, 0.1, "auto"))
     else:
         steps = [arguments["steps"][i] for i in source]
-        options = (steps, lr, 0.9, 0.99, 1e-8, 0.1, "auto")
+        options = (steps, None, lr, 0.9, 0.99, 1e-8, 0.1, "auto")
         torch.library.opcheck(ADAMW._call, (*pieces, *selections, *options))
 
 

@@ -16,7 +16,7 @@ from maskedtrain.commands._options import parse
 from maskedtrain.training.console import Console
 from partial_kernels._core import discovery
 from partial_kernels._core.testing import assert_within_budget, assert_zero_outside
-from partial_kernels._native import native_status
+from partial_kernels._native import cuda_status, native_status
 
 _OPTIONAL = ("triton", "scikit-learn", "matplotlib", "tensorboard", "tokenizers", "sacrebleu")
 
@@ -44,6 +44,8 @@ def _lines() -> Iterator[tuple[str, str]]:
     native = native_status()
     if native.info is not None:
         yield "compiled library", _library(native.info)
+    if (cuda := cuda_status()).info is not None:
+        yield "CUDA library", cuda.info["built"]
     yield from discovery.unavailable().items()
     for package in _OPTIONAL:
         yield package, _version(package)
@@ -51,11 +53,10 @@ def _lines() -> Iterator[tuple[str, str]]:
 
 
 def _library(info: dict[str, Any]) -> str:
-    cuda, isas = (", ".join(info[name]) or "none" for name in ("cuda_archs", "isas"))
+    isas = ", ".join(info["isas"])
     return (
         f"{info['compiler']}, C++{info['cxx_standard']}; for torch >= {info['torch_abi']}, with "
-        f"headers of {info['torch_headers']}; CPU code {info['isa']} (of {isas}); "
-        f"CUDA code {cuda}"
+        f"headers of {info['torch_headers']}; CPU code {info['isa']} (of {isas})"
     )
 
 

@@ -1,0 +1,357 @@
+// In-place SGD and AdamW on regions of a list of tensors: as many in a launch as its arguments take.
+// The arithmetic and its order are those of the kernels for the CPU; elements do not depend on each
+// other. Everything is checked before anything is written.
+
+#include <cmath>
+#include <type_traits>
+
+#include "regions.h"
+
+namespace {
+
+using namespace partial_kernels;
+
+// Parameter, gradient, two states, mask.
+constexpr int streams = 5;
+constexpr unsigned items_by_thread = 4;
+
+struct SgdOptions {
+  double lr, momentum;
+  bool nesterov;
+  double weight_decay;
+};
+
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
+template <class T>
+struct Sgd {
+  using Options = SgdOptions;
+  T minus_lr, momentum, decay;
+  bool has_momentum, nesterov, has_decay;
+
+  Sgd() = default;
+  __host__ __device__ Sgd(const Options& o, int64_t)
+      : minus_lr(T(-o.lr)),
+        momentum(T(o.momentum)),
+        decay(T(o.weight_decay)),
+        has_momentum(o.momentum != 0),
+        nesterov(o.nesterov),
+        has_decay(o.weight_decay != 0) {}
+
+  __device__ void operator()(T& p, T g, T& m, T&) const {
+    if (has_decay) g = fma(p, decay, g);
+    if (has_momentum) {
+      m = m * momentum + g;
+      g = nesterov ? fma(m, momentum, g) : m;
+    }
+    p = fma(g, minus_lr, p);
+  }
+};
+
+template <class T>
+struct AdamW {
+  using Options = AdamWOptions;
+  T decay, toward_g, beta2, one_minus_beta2, correction2, eps, minus_rate;
+  bool from_g;
+
+  AdamW() = default;
+  // Constants are computed in fp64, as Python does.
+  __host__ __device__ AdamW(const Options& o, int64_t step)
+      : decay(T(1 - o.lr * o.weight_decay)),
+        beta2(T(o.beta2)),
+        one_minus_beta2(T(1 - o.beta2)),
+        correction2(T(pow(1 - pow(o.beta2, double(step)), 0.5))),
+        eps(T(o.eps)),
+        minus_rate(T(-o.lr / (1 - pow(o.beta1, double(step))))) {
+    // torch.lerp starts at the end that is closer.
+    const T weight = T(1 - o.beta1);
+    from_g = !(weight < T(0.5));
+    toward_g = from_g ? weight - T(1) : weight;
+  }
+
+  __device__ void operator()(T& p, T g, T& m, T& v) const {
+    p = p * decay;
+    m = fma(toward_g, g - m, from_g ? g : m);
+    v = fma(one_minus_beta2 * g, g, v * beta2);
+    const T denominator = sqrt(v) / correction2 + eps;
+    p = p + minus_rate * m / denominator;
+  }
+};
+
+// `n` numbers of a stream, to registers and back.
+template <class S>
+struct alignas(sizeof(S) * item_size) Vector {
+  S values[item_size];
+};
+
+template <class S, class T>
+__device__ __forceinline__ void load(const char* at, T (&to)[item_size]) {
+  const auto vector = *reinterpret_cast<const Vector<S>*>(at);
+  for (int i = 0; i < item_size; ++i) to[i] = widened(vector.values[i]);
+}
+template <class S, class T>
+__device__ __forceinline__ void store(char* at, const T (&from)[item_size]) {
+  Vector<S> vector;
+  for (int i = 0; i < item_size; ++i) vector.values[i] = narrowed<S>(from[i]);
+  *reinterpret_cast<Vector<S>*>(at) = vector;
+}
+
+template <class P, class G, class Rule>
+__device__ void step_one(const Rule& rule, char* const (&at)[streams]) {
+  using T = Arithmetic<P>;
+  auto* m = reinterpret_cast<T*>(at[2]);
+  auto* v = reinterpret_cast<T*>(at[3]);
+  T p = widened(*reinterpret_cast<P*>(at[0])), g = widened(*reinterpret_cast<G*>(at[1]));
+  T first = m ? *m : T(0), second = v ? *v : T(0);
+  rule(p, g, first, second);
+  *reinterpret_cast<P*>(at[0]) = narrowed<P>(p);
+  if (m) *m = first;
+  if (v) *v = second;
+}
+
+template <class P, class G, class Rule>
+__device__ void step_item(const Rule& rule, char* const (&at)[streams]) {
+  using T = Arithmetic<P>;
+  T p[item_size], g[item_size], m[item_size] = {}, v[item_size] = {};
+  load<P>(at[0], p);
+  load<G>(at[1], g);
+  if (at[2]) load<T>(at[2], m);
+  if (at[3]) load<T>(at[3], v);
+  for (int i = 0; i < item_size; ++i) rule(p[i], g[i], m[i], v[i]);
+  store<P>(at[0], p);
+  if (at[2]) store<T>(at[2], m);
+  if (at[3]) store<T>(at[3], v);
+}
+
+// A region's rule, or where on the device it is.
+template <class Rule>
+struct RuleOrPlace {
+  Rule rule;
+  const Rule* place;
+};
+template <class Rule>
+using Regions = Batch<streams, RuleOrPlace<Rule>, items_by_thread>;
+
+// Rules of a learning rate or of counts of updates that the device alone knows. In a launch of its
+// own: powers in fp64 take longer than a block's share of a step.
+template <class Rule>
+__global__ void make_rules(typename Rule::Options options, const double* lr, const int64_t* steps,
+                           int64_t step, int64_t count, Rule* rules) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (lr) options.lr = *lr;
+  if (i < count) rules[i] = Rule(options, steps ? steps[i] : step);
+}
+
+template <class P, class G, class Rule>
+__global__ void __launch_bounds__(region_threads)
+    step_regions(const __grid_constant__ Regions<Rule> batch) {
+  const int r = batch.region_of_block();
+  const Rule rule = batch.extra[r].place ? *batch.extra[r].place : batch.extra[r].rule;
+  batch.template visit<true>(r, [&](char* const(&at)[streams], bool adjoins) {
+    if (adjoins)
+      step_item<P, G>(rule, at);
+    else
+      step_one<P, G>(rule, at);
+  });
+}
+
+using Tensors = std::vector<Tensor>;
+
+struct Arguments {
+  const Tensors &params, &grads;
+  std::array<const Tensors*, 2> states;
+  const Selections &rows, &cols, &elements;
+};
+
+// Of parameters and gradients; the states and the arithmetic are fp64 for fp64, else fp32.
+struct Dtypes {
+  ScalarType param, grad;
+  bool operator==(const Dtypes&) const = default;
+};
+
+Dtypes dtypes_of(const Arguments& arguments, size_t i) {
+  return {arguments.params[i].scalar_type(), arguments.grads[i].scalar_type()};
+}
+
+// What the rules are made from. On the device are, perhaps: the learning rate, as fp64, and the
+// counts of updates, as int64.
+template <class Options>
+struct Settings {
+  Options options;
+  const double* lr;
+  std::vector<int64_t> steps;
+  const int64_t* device_steps;
+};
+
+// The rules of all regions, and the memory of those on the device.
+template <class Rule>
+struct Rules {
+  std::vector<RuleOrPlace<Rule>> of_region;
+  std::optional<Tensor> memory;
+};
+
+template <class Rule>
+Rules<Rule> rules_of(const Settings<typename Rule::Options>& settings, const Tensors& params,
+                     const Queue& queue) {
+  const size_t count = params.size();
+  Rules<Rule> rules{std::vector<RuleOrPlace<Rule>>(count), std::nullopt};
+  const auto& steps = settings.steps;
+  if (!settings.lr && !settings.device_steps) {
+    for (size_t i = 0; i < count; ++i)
+      rules.of_region[i].rule = Rule(settings.options, steps[i]);
+    return rules;
+  }
+  rules.memory = torch::stable::new_empty(params[0], {int64_t(count * sizeof(Rule))},
+                                          torch::headeronly::ScalarType::Byte);
+  auto* made = static_cast<Rule*>(rules.memory->data_ptr());
+  const auto make = [&](size_t first, size_t some, int64_t step) {
+    queue.run(&make_rules<Rule>, dim3(unsigned(ceil_div(int64_t(some), 128))), 128,
+              settings.options, settings.lr, settings.device_steps, step, int64_t(some),
+              made + first);
+  };
+  if (settings.device_steps || std::ranges::count(steps, steps[0]) == std::ssize(steps))
+    make(0, count, steps.empty() ? 0 : steps[0]);
+  else
+    for (size_t i = 0; i < count; ++i) make(i, 1, steps[i]);
+  for (size_t i = 0; i < count; ++i) rules.of_region[i].place = made + i;
+  return rules;
+}
+
+// The tensors that a region is made of.
+std::array<const Tensor*, streams - 1> tensors_of(const Arguments& arguments, size_t i) {
+  std::array<const Tensor*, streams - 1> tensors{&arguments.params[i], &arguments.grads[i]};
+  for (size_t k = 0; k < 2; ++k)
+    if (arguments.states[k]) tensors[2 + k] = &(*arguments.states[k])[i];
+  return tensors;
+}
+
+// Launches the regions of parameters and gradients of these types.
+template <class P, class G, class Rule>
+void step_of(const Arguments& arguments, const Settings<typename Rule::Options>& settings,
+             const Dtypes& dtypes) {
+  const Queue queue(arguments.params[0]);
+  const auto rules = rules_of<Rule>(settings, arguments.params, queue);
+  Regions<Rule> batch;
+  batch.clear();
+  const auto launch = [&] {
+    if (batch.count)
+      queue.run(&step_regions<P, G, Rule>, dim3(batch.blocks), region_threads, batch);
+    batch.clear();
+  };
+  for (size_t i = 0; i < arguments.params.size(); ++i) {
+    if (dtypes_of(arguments, i) != dtypes) continue;
+    bool any = false;
+    const auto region = region_of<streams>(tensors_of(arguments, i), arguments.rows[i],
+                                           arguments.cols[i], arguments.elements[i], any);
+    if (any) batch.add(region, rules.of_region[i]);
+    if (batch.full()) launch();
+  }
+  launch();
+}
+
+void check(const Arguments& arguments) {
+  const size_t count = arguments.params.size();
+  bool equal = arguments.grads.size() == count && arguments.rows.size() == count &&
+               arguments.cols.size() == count && arguments.elements.size() == count;
+  for (const Tensors* states : arguments.states)
+    equal = equal && (!states || states->size() == count);
+  STD_TORCH_CHECK(equal, "lists must have one entry per parameter");
+  for (size_t i = 0; i < count; ++i) {
+    const ScalarType param = arguments.params[i].scalar_type();
+    const ScalarType state = param == ScalarType::Double ? param : ScalarType::Float;
+    const ScalarType grad = arguments.grads[i].scalar_type();
+    STD_TORCH_CHECK(grad == param || grad == state,
+                    "gradients must be in the parameters' or the states' dtype");
+    for (const Tensors* states : arguments.states)
+      STD_TORCH_CHECK(!states || (*states)[i].scalar_type() == state,
+                      "states must be fp32, fp64 for fp64 parameters");
+    bool any = false;
+    region_of<streams>(tensors_of(arguments, i), arguments.rows[i], arguments.cols[i],
+                       arguments.elements[i], any);
+  }
+}
+
+// Calls step_of for each pair of types that occurs.
+template <template <class> class Rule>
+void step(const Arguments& arguments, const Settings<typename Rule<float>::Options>& settings) {
+  check(arguments);
+  std::vector<Dtypes> found;
+  for (size_t i = 0; i < arguments.params.size(); ++i)
+    if (std::ranges::find(found, dtypes_of(arguments, i)) == found.end())
+      found.push_back(dtypes_of(arguments, i));
+  for (const Dtypes& dtypes : found) {
+    const bool mixed = dtypes.param != dtypes.grad;
+    switch (dtypes.param) {
+      case ScalarType::Float:
+        step_of<float, float, Rule<float>>(arguments, settings, dtypes);
+        break;
+      case ScalarType::Double:
+        step_of<double, double, Rule<double>>(arguments, settings, dtypes);
+        break;
+      case ScalarType::BFloat16:
+        if (mixed)
+          step_of<Bf16, float, Rule<float>>(arguments, settings, dtypes);
+        else
+          step_of<Bf16, Bf16, Rule<float>>(arguments, settings, dtypes);
+        break;
+      default:
+        if (mixed)
+          step_of<Fp16, float, Rule<float>>(arguments, settings, dtypes);
+        else
+          step_of<Fp16, Fp16, Rule<float>>(arguments, settings, dtypes);
+    }
+  }
+}
+
+// A learning rate, on the device or not: the number, or where it is.
+const double* on_device(const std::optional<Tensor>& lr) {
+  if (!lr) return nullptr;
+  STD_TORCH_CHECK(lr->scalar_type() == ScalarType::Double && lr->numel() == 1,
+                  "lr must be one fp64 number");
+  return lr->const_data_ptr<double>();
+}
+
+void sgd(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+         const Selections& rows, const Selections& cols, const Selections& elements, double lr,
+         const std::optional<Tensor>& device_lr, double momentum, bool nesterov,
+         double weight_decay) {
+  const Tensors* buffers = momentum != 0 ? &momentum_buffers : nullptr;
+  const SgdOptions options{lr, momentum, nesterov, weight_decay};
+  step<Sgd>({params, grads, {buffers, nullptr}, rows, cols, elements},
+            {options, on_device(device_lr), std::vector<int64_t>(params.size()), nullptr});
+}
+
+void adamw(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+           const Tensors& exp_avg_sqs, const Selections& rows, const Selections& cols,
+           const Selections& elements, const std::vector<int64_t>& steps,
+           const std::optional<Tensor>& device_steps, double lr,
+           const std::optional<Tensor>& device_lr, double beta1, double beta2, double eps,
+           double weight_decay) {
+  const int64_t count = device_steps ? device_steps->size(0) : int64_t(steps.size());
+  STD_TORCH_CHECK(size_t(count) == params.size(), "lists must have one entry per parameter");
+  const AdamWOptions options{lr, beta1, beta2, eps, weight_decay};
+  step<AdamW>({params, grads, {&exp_avgs, &exp_avg_sqs}, rows, cols, elements},
+              {options, on_device(device_lr), steps,
+               device_steps ? index_data(*device_steps) : nullptr});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(partial_kernels, m) {
+  m.def(
+      "masked_sgd_cuda(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor?[] rows, Tensor?[] cols, Tensor?[] elements, float lr, Tensor? device_lr, "
+      "float momentum, bool nesterov, float weight_decay) -> ()");
+  m.def(
+      "masked_adamw_cuda(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor?[] rows, Tensor?[] cols, Tensor?[] elements, int[] steps, "
+      "Tensor? device_steps, float lr, Tensor? device_lr, float beta1, float beta2, float eps, "
+      "float weight_decay) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(partial_kernels, PK_DEVICE, m) {
+  m.impl("masked_sgd_cuda", TORCH_BOX(&sgd));
+  m.impl("masked_adamw_cuda", TORCH_BOX(&adamw));
+}
