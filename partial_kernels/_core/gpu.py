@@ -65,11 +65,11 @@ def capability(tensor: Tensor) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile, **constants: Any) -> None:
-    """Run the kernel on the device of its first argument."""
+    """Run the kernel on the device of the first of its arguments that is a tensor."""
     if (record := _record.get()) is not None:
         record[0].append(Launch(kernel, grid, args, constants, tile))
         return
-    with _on(args[0]):
+    with _on(next(arg for arg in args if isinstance(arg, Tensor))):
         kernel[grid](
             *args,
             **constants,

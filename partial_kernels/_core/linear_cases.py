@@ -280,9 +280,8 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
 def magnitudes_of_few(
     function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor, **options: Any
 ) -> dict[str, float]:
-    """Of each result of few elements, the largest sum of its terms' absolute values; else 0.
-
-    Of so few sums, plain PyTorch's may all be exact by luck.
+    """Of each result of few different elements, the largest sum of its terms' absolute values; else
+    0. Of so few sums, plain PyTorch's may all be exact by luck.
     """
     positive = {
         name: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -290,7 +289,7 @@ def magnitudes_of_few(
     }
     sums = results(function, positive, dy.double().abs(), **options)
     return {
-        name: max_error(terms, terms.new_zeros(())) if terms.numel() < 100 else 0.0
+        name: max_error(terms, terms.new_zeros(())) if terms.unique().numel() < 100 else 0.0
         for name, terms in sums.items()
     }
 

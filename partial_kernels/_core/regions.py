@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from partial_kernels._core.derived import derived
 from partial_kernels.masks import Full, Index, Mask, Packed
 
 __all__ = ["EVERYTHING", "SELECTION", "Selection", "read", "regions", "selection", "split", "write"]
@@ -69,10 +70,18 @@ def split(
     return source, pieces, selections
 
 
+def _countable(elements: Tensor | None) -> Tensor | None:
+    """On a device, a mask as positions: else every use would wait to learn how many there are."""
+    if elements is None or elements.dtype != torch.bool or elements.is_cpu:
+        return elements
+    return derived(elements, "positions", lambda: elements.flatten().nonzero().flatten())
+
+
 def read(
     tensor: Tensor, rows: Tensor | None, cols: Tensor | None, elements: Tensor | None
 ) -> Tensor:
     """The selected elements: the tensor itself where all of it is, else a copy."""
+    elements = _countable(elements)
     if elements is not None:
         return tensor[elements] if elements.dtype == torch.bool else tensor.take(elements)
     if rows is not None:
@@ -90,6 +99,7 @@ def write(
     """Store what ``read`` gave, after changes, and nothing else."""
     if values is tensor:
         return
+    elements = _countable(elements)
     values = values.to(tensor.dtype)
     if elements is not None and elements.dtype == torch.bool:
         tensor[elements] = values

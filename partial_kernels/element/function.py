@@ -16,4 +16,4 @@ _linear = linear_function(OPS)
 def element_linear(
     x_TI: Tensor, weight: Tensor, bias: Tensor | None, mask: Element | Packed, impl: str
 ) -> Tensor:
-    return _linear(x_TI, weight, bias, impl, mask.dense(weight.shape, weight.device))
+    return _linear(x_TI, weight, bias, impl, mask.laid_out(weight.shape, weight.device))

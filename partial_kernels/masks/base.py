@@ -50,10 +50,14 @@ class Mask:
         if torch.compiler.is_compiling():
             return self.dense(shape, device)
         where, held = self.__dict__.get("_laid_out", (None, None))
-        if where != (tuple(shape), device):
-            held = self.dense(shape, device).contiguous()
-            self.__dict__["_laid_out"] = (tuple(shape), device), held
-        return cast("Tensor", held)
+        if where == (tuple(shape), device):
+            return cast("Tensor", held)
+        with torch.inference_mode(False):
+            made = self.dense(shape, device).contiguous()
+        # A fake one holds nothing.
+        if type(made) is Tensor:
+            self.__dict__["_laid_out"] = (tuple(shape), device), made
+        return made
 
     def on(self, device: torch.device, name: str) -> Tensor | None:
         """The mask's index of this name on the device, if it has one: copied there once, since to

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from partial_kernels._core.gpu import capability, ceil_div, launch, precision, refuses
 from partial_kernels._core.tiles import Tile, bucket, tuned
@@ -53,10 +54,13 @@ def _product(
     c_m,
     c_n,
     PRECISION: tl.constexpr,
+    A_TMA: tl.constexpr,
+    B_TMA: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     # Without it Triton 3.6 serialises wgmma in half of the configurations.
     tl.assume(K > 0)
@@ -64,29 +68,39 @@ def _product(
     program = tl.program_id(0)
     group, within = program // (GROUP * tiles_n), program % (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    m = (group * GROUP + within % height) * BM + tl.arange(0, BM)
-    n = (within // height) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
+    m_first, n_first = (group * GROUP + within % height) * BM, (within // height) * BN
+    m, n, k = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN), tl.arange(0, BK)
     m_inside, n_inside = m < M, n < N
     n_at = n.to(tl.int64)
     if n_index is not None:
         n_at = tl.load(n_index + n, mask=n_inside, other=0)
-    a_at = a + m.to(tl.int64)[:, None] * a_m + k[None, :] * a_k
-    b_at = b + n_at[None, :] * b_n
-    if k_index is None:
-        b_at += k[:, None] * b_k
+    if not A_TMA:
+        a_at = a + m.to(tl.int64)[:, None] * a_m + k[None, :] * a_k
+    if not B_TMA:
+        b_at = b + n_at[None, :] * b_n
+        if k_index is None:
+            b_at += k[:, None] * b_k
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, K, BK):
         k_inside = k < K - first
-        a_tile = tl.load(a_at, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+        if A_TMA == "rows":
+            a_tile = a.load([m_first, first])
+        elif A_TMA == "columns":
+            a_tile = a.load([first, m_first]).T
+        else:
+            a_tile = tl.load(a_at, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+            a_at += BK * a_k
         b_mask = k_inside[:, None] & n_inside[None, :]
-        if k_index is None:
+        if B_TMA == "rows":
+            b_tile = b.load([first, n_first])
+        elif B_TMA == "columns":
+            b_tile = b.load([n_first, first]).T
+        elif k_index is None:
             b_tile = tl.load(b_at, mask=b_mask, other=0.0)
             b_at += BK * b_k
         else:
             k_at = tl.load(k_index + first + k, mask=k_inside, other=0)
             b_tile = tl.load(b_at + k_at[:, None] * b_k, mask=b_mask, other=0.0)
-        a_at += BK * a_k
         total = tl.dot(a_tile, b_tile.to(a_tile.dtype), total, input_precision=PRECISION)
     if bias is not None:
         total += tl.load(bias + n_at * bias_n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
@@ -122,13 +136,35 @@ def _default(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
     return _sized(128, 256, 64, num_warps=8, num_stages=stages)
 
 
-def _sized(bm: int, bn: int, bk: int, **options: int) -> Tile:
-    return Tile({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, **options)
+def _sized(bm: int, bn: int, bk: int, tma: int = 0, **options: int) -> Tile:
+    return Tile({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "TMA": tma}, **options)
+
+
+def _described(
+    matrix: Tensor, rows: int, columns: int, block: tuple[int, int], *, picked: bool
+) -> tuple[Any, str]:
+    """The matrix as a kernel's argument, and along which of its dimensions memory adjoins.
+
+    From Hopper on, a descriptor has the tensor memory accelerator load whole tiles; it cannot
+    gather there, and wants lines that begin at multiples of 16 bytes. In fp32, whose products may
+    have to be taken on other cores, there is nothing to gain. "" is for plain pointers.
+    """
+    usable = capability(matrix) >= 90 and matrix.element_size() == 2 and not picked
+    if not usable or matrix.data_ptr() % 16:
+        return matrix, ""
+    for along, view, sizes, tile in (
+        ("rows", matrix, (rows, columns), block),
+        ("columns", matrix.mT, (columns, rows), block[::-1]),
+    ):
+        line = view.stride(0) * view.element_size()
+        if view.stride(1) == 1 and line % 16 == 0 and line > 0:
+            return TensorDescriptor(view, list(sizes), [view.stride(0), 1], list(tile)), along
+    return matrix, ""
 
 
 CANDIDATES = {
     "submatrix": tuple(
-        _sized(bm, bn, bk, num_warps=num_warps, num_stages=num_stages)
+        _sized(bm, bn, bk, tma, num_warps=num_warps, num_stages=num_stages)
         for bm, bn, bk, num_warps in (
             (64, 64, 64, 4),
             (64, 128, 64, 4),
@@ -140,6 +176,7 @@ CANDIDATES = {
             (64, 64, 32, 4),
         )
         for num_stages in (3, 4, 5)
+        for tma in (0, 1)
     )
 }
 """Tiles that ``maskedtrain bench --tune`` tries."""
@@ -169,8 +206,14 @@ def _multiply(
     tile = tuned("submatrix", sizes, a.device, _default(a, m, n, gathers_k))
     grid = (ceil_div(m, tile.sizes["BM"]) * ceil_div(n, tile.sizes["BN"]),)
     strides = *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride()
-    operands = a, b, bias, c, *picked, *placed, m, n, k, *strides
-    launch(_product, grid, *operands, tile=tile, PRECISION=precision())
+    bm, bn, bk = (tile.sizes[name] for name in ("BM", "BN", "BK"))
+    from_a, from_b, a_tma, b_tma = a, b, "", ""
+    if tile.sizes["TMA"]:
+        from_a, a_tma = _described(a, m, k, (bm, bk), picked=False)
+        from_b, b_tma = _described(b, k, n, (bk, bn), picked=picked != (None, None))
+    operands = from_a, from_b, bias, c, *picked, *placed, m, n, k, *strides
+    options = {"PRECISION": precision(), "A_TMA": a_tma, "B_TMA": b_tma}
+    launch(_product, grid, *operands, tile=tile, **options)
 
 
 def _supports(*args: Any) -> str | None:

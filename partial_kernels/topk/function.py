@@ -13,6 +13,7 @@ from partial_kernels._core.checks import check_linear, compute_dtype, no_autocas
 from partial_kernels._core.ops import asks, plain_call
 from partial_kernels.select.function import Per
 from partial_kernels.select.reference import SELECT
+from partial_kernels.submatrix.reference import OPS as SUBMATRIX
 from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX, kept
 
 __all__ = ["topk_linear"]
@@ -67,12 +68,15 @@ class _TopKLinear(torch.autograd.Function):
                 if needs_dweight:
                     dweight = ROW_DWEIGHT(dy_TO, index, x_TI, ctx.impl)
             else:
-                dy_Tk = dy_TO.index_select(1, index)
+                # A layer of k of the outputs; the backend that was named is the selection's.
+                impl = "reference" if ctx.impl == "reference" else "auto"
+                dy_Tk, rows = dy_TO.index_select(1, index), (0, index, None, impl)
                 if needs_dx:
-                    dx = dy_Tk @ weight.index_select(0, index).to(dy_TO.dtype)
-                if needs_dweight:
-                    rows_kI = (dy_Tk.mT @ x_TI).to(weight.dtype)
-                    dweight = _rows_of(rows_kI, index, weight, ctx.weight_grad)
+                    dx = SUBMATRIX.dx(dy_Tk, weight, weight.shape[1], *rows)
+                if needs_dweight and ctx.weight_grad == "full":
+                    dweight = SUBMATRIX.dweight(dy_Tk, x_TI, weight, *rows)
+                elif needs_dweight:
+                    dweight = _rows_of((dy_Tk.mT @ x_TI).to(weight.dtype), index, weight)
             if needs_dbias:
                 some = dy_TO if ctx.bias_grad == "full" else kept(dy_TO, index)
                 dbias = some.sum(0).to(bias.dtype)
@@ -84,10 +88,8 @@ class _TopKLinear(torch.autograd.Function):
 _linear: Any = cast("Any", _TopKLinear).apply
 
 
-def _rows_of(rows_kI: Tensor, index: Tensor, weight: Tensor, weight_grad: WeightGrad) -> Tensor:
+def _rows_of(rows_kI: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """A gradient of the weight that has these rows alone."""
-    if weight_grad == "full":
-        return weight.new_zeros(weight.shape).index_copy_(0, index, rows_kI)
     return _torch.sparse_coo_tensor(
         index[None], rows_kI, weight.shape, is_coalesced=True, check_invariants=False
     )

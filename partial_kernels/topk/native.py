@@ -20,17 +20,21 @@ def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
         return f"it runs on the CPU, got {dy.device}"
     if dy.dtype != torch.float32 or other.dtype != torch.float32:
         return f"it computes in fp32, got {dy.dtype} and {other.dtype}"
-    k, outputs = index.shape[1], dy.shape[1]
-    if DENSE_SPEED * k > outputs:
-        return f"a dense product is faster for k > outputs / {DENSE_SPEED}, got {k} of {outputs}"
     return None
 
 
-@ROW_DX.backend("native", _supports)
+def _declines(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
+    k, outputs = index.shape[1], dy.shape[1]
+    if DENSE_SPEED * k <= outputs:
+        return None
+    return f"a dense product is faster for k > outputs / {DENSE_SPEED}, got {k} of {outputs}"
+
+
+@ROW_DX.backend("native", _supports, _declines)
 def _(dy: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return _dx(contiguous_rows(dy), index.contiguous(), contiguous_rows(weight))
 
 
-@ROW_DWEIGHT.backend("native", _supports)
+@ROW_DWEIGHT.backend("native", _supports, _declines)
 def _(dy: Tensor, index: Tensor, x: Tensor) -> Tensor:
     return _dweight(contiguous_rows(dy), index.contiguous(), contiguous_rows(x))

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from partial_kernels._core.gpu import Launch
 
@@ -54,6 +55,10 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Compiled:
     values = {**given, **launch.constants, **launch.tile.sizes}
     for position, name in enumerate(kernel.arg_names):
         value = values[name]
+        if isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
+            continue
         if isinstance(value, Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
             aligned = True

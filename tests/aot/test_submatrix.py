@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partial_kernels._core.gpu import Launch, recorded
+from partial_kernels._core.tiles import Tile, choosing
 from partial_kernels.submatrix import kernels as kernels
 from partial_kernels.submatrix.reference import OPS
 from tests.aot.compiler import SHARED_LIMIT, compiled
@@ -43,6 +45,30 @@ def launched(
         run(*given[op], kept, row_index, col_index)
     (launch,) = launches
     return launch
+
+
+def by_tma(_: str, tile: Tile) -> Tile:
+    """The tile, with matrices loaded by descriptors."""
+    return replace(tile, sizes={**tile.sizes, "TMA": 1})
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("op", ["forward", "dx", "dweight"])
+def test_descriptors_compile(
+    op: str, size: str, rows: bool, capability: int, tmp_path: Path
+) -> None:
+    with choosing(by_tma):
+        launch = launched(op, size, torch.bfloat16, rows, False, capability)
+    assert launch.constants["A_TMA"]
+    found = compiled(launch, capability, tmp_path)
+    assert "cp.async.bulk.tensor" in found.ptx
+    assert found.shared <= SHARED_LIMIT[capability]
+    assert found.spilled == 0
+    assert not found.losses
+    if capability == 90:
+        assert "wgmma" in found.ptx
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import partial_kernels as pk
 from partial_kernels._core.linear_cases import WEIGHT_LAYOUTS, X_LAYOUTS, LinearCase, check
+from partial_kernels._core.tiles import Tile, choosing
 from partial_kernels.masks import Index, Mask, Prefix
 
 
@@ -47,6 +49,19 @@ def test_any_product(case: LinearCase) -> None:
 
 def test_tiles_of_several_groups() -> None:
     check(LinearCase("", (600,), 96, 80, Prefix(70, 66)), impl="triton")
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_any_product_of_tiles_that_descriptors_load(case: LinearCase) -> None:
+    def by_tma(_: str, tile: Tile) -> Tile:
+        return replace(tile, sizes={**tile.sizes, "TMA": 1})
+
+    with choosing(by_tma):
+        check(case, impl="triton")
+        aligned = replace(case, x_layout="contiguous", dtype=torch.float16, inputs=80, outputs=96)
+        for mask in (Prefix(64, 48), Index(range(0, 96, 2)), Prefix(8, 72)):
+            check(replace(aligned, mask=mask), impl="triton")
 
 
 def test_a_weight_of_another_dtype_is_cast_as_it_is_loaded() -> None:
