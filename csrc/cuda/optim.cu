@@ -80,49 +80,55 @@ struct AdamW {
   }
 };
 
-// `n` numbers of a stream, to registers and back.
+// The numbers of one stream of an item, to registers and back.
 template <class S>
 struct alignas(sizeof(S) * item_size) Vector {
   S values[item_size];
 };
 
 template <class S, class T>
-__device__ __forceinline__ void load(const char* at, T (&to)[item_size]) {
-  const auto vector = *reinterpret_cast<const Vector<S>*>(at);
-  for (int i = 0; i < item_size; ++i) to[i] = widened(vector.values[i]);
+__device__ __forceinline__ void load(const Item<streams>& item, int stream, T (&to)[item_size]) {
+  if (item.adjoins) {
+    const auto vector = *item.template at<const Vector<S>>(stream, 0);
+#pragma unroll
+    for (int i = 0; i < item_size; ++i) to[i] = widened(vector.values[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < item_size; ++i)
+      if (item.kept >> i & 1) to[i] = widened(*item.template at<const S>(stream, i));
+  }
 }
+
 template <class S, class T>
-__device__ __forceinline__ void store(char* at, const T (&from)[item_size]) {
-  Vector<S> vector;
-  for (int i = 0; i < item_size; ++i) vector.values[i] = narrowed<S>(from[i]);
-  *reinterpret_cast<Vector<S>*>(at) = vector;
+__device__ __forceinline__ void store(const Item<streams>& item, int stream,
+                                      const T (&from)[item_size]) {
+  if (item.adjoins) {
+    Vector<S> vector;
+#pragma unroll
+    for (int i = 0; i < item_size; ++i) vector.values[i] = narrowed<S>(from[i]);
+    *item.template at<Vector<S>>(stream, 0) = vector;
+  } else {
+#pragma unroll
+    for (int i = 0; i < item_size; ++i)
+      if (item.kept >> i & 1) *item.template at<S>(stream, i) = narrowed<S>(from[i]);
+  }
 }
 
+// All is loaded before anything is stored: what is far apart is waited for at the same time.
 template <class P, class G, class Rule>
-__device__ void step_one(const Rule& rule, char* const (&at)[streams]) {
+__device__ __forceinline__ void step_item(const Rule& rule, const Item<streams>& item) {
   using T = Arithmetic<P>;
-  auto* m = reinterpret_cast<T*>(at[2]);
-  auto* v = reinterpret_cast<T*>(at[3]);
-  T p = widened(*reinterpret_cast<P*>(at[0])), g = widened(*reinterpret_cast<G*>(at[1]));
-  T first = m ? *m : T(0), second = v ? *v : T(0);
-  rule(p, g, first, second);
-  *reinterpret_cast<P*>(at[0]) = narrowed<P>(p);
-  if (m) *m = first;
-  if (v) *v = second;
-}
-
-template <class P, class G, class Rule>
-__device__ void step_item(const Rule& rule, char* const (&at)[streams]) {
-  using T = Arithmetic<P>;
-  T p[item_size], g[item_size], m[item_size] = {}, v[item_size] = {};
-  load<P>(at[0], p);
-  load<G>(at[1], g);
-  if (at[2]) load<T>(at[2], m);
-  if (at[3]) load<T>(at[3], v);
+  const bool has_m = item.region.base[2], has_v = item.region.base[3];
+  T p[item_size] = {}, g[item_size] = {}, m[item_size] = {}, v[item_size] = {};
+  load<P>(item, 0, p);
+  load<G>(item, 1, g);
+  if (has_m) load<T>(item, 2, m);
+  if (has_v) load<T>(item, 3, v);
+#pragma unroll
   for (int i = 0; i < item_size; ++i) rule(p[i], g[i], m[i], v[i]);
-  store<P>(at[0], p);
-  if (at[2]) store<T>(at[2], m);
-  if (at[3]) store<T>(at[3], v);
+  store<P>(item, 0, p);
+  if (has_m) store<T>(item, 2, m);
+  if (has_v) store<T>(item, 3, v);
 }
 
 // A region's rule, or where on the device it is.
@@ -144,17 +150,14 @@ __global__ void make_rules(typename Rule::Options options, const double* lr, con
   if (i < count) rules[i] = Rule(options, steps ? steps[i] : step);
 }
 
+// Numbers of 8 bytes take more registers than three blocks leave each other.
 template <class P, class G, class Rule>
-__global__ void __launch_bounds__(region_threads)
+__global__ void __launch_bounds__(region_threads, sizeof(Arithmetic<P>) == 8 ? 2 : 3)
     step_regions(const __grid_constant__ Regions<Rule> batch) {
   const int r = batch.region_of_block();
   const Rule rule = batch.extra[r].place ? *batch.extra[r].place : batch.extra[r].rule;
-  batch.template visit<true>(r, [&](char* const(&at)[streams], bool adjoins) {
-    if (adjoins)
-      step_item<P, G>(rule, at);
-    else
-      step_one<P, G>(rule, at);
-  });
+  batch.template visit<true>(
+      r, [&](const Item<streams>& item) { step_item<P, G>(rule, item); });
 }
 
 using Tensors = std::vector<Tensor>;

@@ -83,46 +83,80 @@ __device__ __forceinline__ void move(const Region<streams>& region, int dims, in
   }
 }
 
-// Calls visit(at, true) for the elements of an item that adjoin, `item_size` of them, or
-// visit(at, false) for one after the other. Elements outside the mask are left out, or are not.
-template <bool leave_out, int streams, class Visit>
-__device__ __forceinline__ void visit_item(const Region<streams>& region, int64_t item,
-                                           const Visit& visit) {
-  constexpr int mask = streams - 1;
-  char* at[streams];
-  if (region.positions) {
-    const int64_t end = std::min((item + 1) * item_size, region.count);
-    for (int64_t i = item * item_size; i < end; ++i) {
-      for (int s = 0; s < streams; ++s) at[s] = region.base[s];
-      move(region, region.dims, region.positions[i], at);
-      for (int s = 0; s < streams; ++s)
-        if (region.packed[s]) at[s] = region.base[s] + i * region.packed_stride[s];
-      visit(at, false);
+// The `item_size` elements that a thread takes at a time, or fewer.
+template <int streams>
+struct Item {
+  const Region<streams>& region;
+  char* start[streams];
+  // Of each element, its place in the last dimension, or its position.
+  int64_t place[item_size];
+  // The number of the first.
+  int64_t first;
+  // Bit i: element i is there and in the mask.
+  unsigned kept;
+  // Whether all are there and adjoin, each stream's from its element 0.
+  bool adjoins;
+
+  template <class S>
+  __device__ __forceinline__ S* at(int stream, int i) const {
+    return reinterpret_cast<S*>(bytes_at(stream, i));
+  }
+
+  __device__ __forceinline__ char* bytes_at(int s, int i) const {
+    const int last = region.dims - 1;
+    if (!region.positions || last == 0) {
+      if (region.positions && region.packed[s]) return start[s] + i * region.packed_stride[s];
+      return start[s] + place[i] * region.stride[s][last];
     }
-    return;
+    if (region.packed[s]) return start[s] + i * region.packed_stride[s];
+    char* moved[streams];
+    for (int other = 0; other < streams; ++other) moved[other] = start[other];
+    move(region, region.dims, place[i], moved);
+    return moved[s];
+  }
+};
+
+// Item number `item`. Elements outside the mask are left out, or are not.
+template <bool leave_out, int streams>
+__device__ __forceinline__ Item<streams> item_of(const Region<streams>& region, int64_t item) {
+  constexpr int mask = streams - 1;
+  Item<streams> found{region, {}, {}, 0, 0, false};
+  for (int s = 0; s < streams; ++s) found.start[s] = region.base[s];
+  if (region.positions) {
+    found.first = item * item_size;
+#pragma unroll
+    for (int i = 0; i < item_size; ++i) {
+      if (found.first + i >= region.count) continue;
+      found.kept |= 1u << i;
+      found.place[i] = region.positions[found.first + i];
+    }
+    for (int s = 0; s < streams; ++s)
+      if (region.packed[s]) found.start[s] += found.first * region.packed_stride[s];
+    return found;
   }
   const int last = region.dims - 1;
   const int64_t size = region.size[last], items = ceil_div(size, item_size);
-  const int64_t row = last ? divide(item, items) : 0, first = (item - row * items) * item_size;
-  char* start[streams];
-  for (int s = 0; s < streams; ++s) start[s] = region.base[s];
-  move(region, last, row, start);
-  if (region.adjoins && first + item_size <= size) {
-    for (int s = 0; s < streams; ++s) at[s] = start[s] + first * region.stride[s][last];
-    uint32_t kept = 0x01010101;
-    if (leave_out && region.base[mask]) kept = *reinterpret_cast<const uint32_t*>(at[mask]);
-    if (kept == 0x01010101) {
-      visit(at, true);
-      return;
-    }
-    if (kept == 0) return;
+  const int64_t row = last ? divide(item, items) : 0;
+  found.first = (item - row * items) * item_size;
+  move(region, last, row, found.start);
+  const bool whole = found.first + item_size <= size;
+#pragma unroll
+  for (int i = 0; i < item_size; ++i) {
+    if (!whole && found.first + i >= size) continue;
+    found.kept |= 1u << i;
+    found.place[i] = place(region, last, found.first + i);
   }
-  for (int64_t i = first; i < std::min(first + item_size, size); ++i) {
-    const int64_t here = place(region, last, i);
-    for (int s = 0; s < streams; ++s) at[s] = start[s] + here * region.stride[s][last];
-    if (!leave_out || !region.base[mask] || *at[mask]) visit(at, false);
+  if (leave_out && region.base[mask]) {
+    const unsigned there = found.kept;
+    found.kept = 0;
+#pragma unroll
+    for (int i = 0; i < item_size; ++i)
+      if (there >> i & 1 && *found.template at<const bool>(mask, i)) found.kept |= 1u << i;
   }
+  found.adjoins = region.adjoins && found.kept == (1u << item_size) - 1;
+  return found;
 }
+
 inline const int64_t* index_data(const Tensor& index) {
   STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == ScalarType::Long,
                   "an index must be 1-D int64");
@@ -260,7 +294,7 @@ struct Batch {
     return low;
   }
 
-  // Calls visit(at, adjoin) for the elements of a thread, as visit_item does.
+  // Calls visit(item) for the items of a thread that have any elements.
   template <bool leave_out, class Visit>
   __device__ __forceinline__ void visit(int r, const Visit& visit) const {
     const Region<streams>& region = regions[r];
@@ -268,8 +302,10 @@ struct Batch {
     const int64_t first =
         int64_t(blockIdx.x - first_block[r]) * region_threads * items_by_thread + threadIdx.x;
     for (unsigned i = 0; i < items_by_thread; ++i) {
-      const int64_t item = first + int64_t(i) * region_threads;
-      if (item < items) visit_item<leave_out>(region, item, visit);
+      const int64_t number = first + int64_t(i) * region_threads;
+      if (number >= items) return;
+      const auto item = item_of<leave_out>(region, number);
+      if (item.kept) visit(item);
     }
   }
 };

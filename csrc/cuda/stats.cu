@@ -33,13 +33,15 @@ __global__ void __launch_bounds__(region_threads)
   const int r = batch.region_of_block();
   const Counts counts = batch.extra[r];
   double sums[4] = {0, 0, 0, 0};
-  batch.visit<false>(r, [&](char* const(&at)[streams], bool adjoins) {
-    const int count = adjoins ? item_size : 1;
-    for (int i = 0; i < count; ++i) {
-      const double g = widened(reinterpret_cast<const S*>(at[0])[i]);
+  batch.visit<false>(r, [&](const Item<streams>& item) {
+#pragma unroll
+    for (int i = 0; i < item_size; ++i) {
+      if (!(item.kept >> i & 1)) continue;
+      const double g = widened(*item.at<const S>(0, i));
       if (counts.all) sums[3] = fma(g, g, sums[3]);
-      if (!counts.inside || (at[2] && !at[2][i])) continue;
-      const double h = widened(reinterpret_cast<const S*>(at[1])[i]);
+      const bool masked = item.region.base[2];
+      if (!counts.inside || (masked && !*item.at<const bool>(2, i))) continue;
+      const double h = widened(*item.at<const S>(1, i));
       sums[0] = fma(g, g, sums[0]);
       sums[1] = fma(h, h, sums[1]);
       sums[2] = fma(g, h, sums[2]);

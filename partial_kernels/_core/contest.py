@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Contest", "Step", "backward"]
+__all__ = ["FLOOR", "Bars", "Contest", "Step", "backward"]
 
 Step = Callable[[], object]
+
+Bars = Mapping[str, float]
+"""By baseline, the share of its time that ours may take."""
+
+FLOOR = "floor"
+"""In ``Bars``, what the device needs at least for the FLOPs and bytes."""
 
 
 @dataclass(frozen=True)

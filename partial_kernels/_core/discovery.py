@@ -16,13 +16,14 @@ import torch
 
 from partial_kernels._native import OutdatedLibrary, cuda_status, native_status
 
-__all__ = ["INTERPRETED", "cases", "families", "load", "unavailable"]
+__all__ = ["INTERPRETED", "backends", "cases", "families", "load", "unavailable"]
 
 PACKAGE = __name__.split(".", 1)[0]
 # Triton reads it, too, once: kernels run in its interpreter, on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ROOT = Path(__file__).resolve().parents[1]
 _outdated: dict[str, str] = {}
+_FILES = {"native": "native", "triton": "kernels", "cuda": "cuda"}
 
 
 def families() -> list[str]:
@@ -50,15 +51,20 @@ def _missing() -> dict[str, str]:
     return reasons
 
 
+def backends(family: str) -> list[str]:
+    """Backends that the family has beside the reference, whether they can be loaded here or not."""
+    return [name for name, file in _FILES.items() if (_ROOT / family / f"{file}.py").exists()]
+
+
 def load(family: str) -> ModuleType:
     """Import a family and the backends it has that can be loaded here."""
     missing = _missing()
     module = importlib.import_module(f"{PACKAGE}.{family}")
-    for backend, file in (("native", "native"), ("triton", "kernels"), ("cuda", "cuda")):
-        if backend in missing or not (_ROOT / family / f"{file}.py").exists():
+    for backend in backends(family):
+        if backend in missing:
             continue
         try:
-            importlib.import_module(f"{PACKAGE}.{family}.{file}")
+            importlib.import_module(f"{PACKAGE}.{family}.{_FILES[backend]}")
         except OutdatedLibrary as outdated:
             _outdated[backend] = str(outdated)
             warnings.warn(f"{PACKAGE}.{family}: {outdated}", stacklevel=2)

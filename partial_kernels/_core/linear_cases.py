@@ -16,9 +16,11 @@ from torch import Tensor
 
 from partial_kernels._core.contest import Contest
 from partial_kernels._core.testing import (
+    Call,
     assert_within_budget,
     assert_zero_outside,
     max_error,
+    normal,
     poisoned,
 )
 from partial_kernels.linear import masked_linear
@@ -29,6 +31,8 @@ __all__ = [
     "X_LAYOUTS",
     "LinearCase",
     "bytes_moved",
+    "call",
+    "call_with_gradients",
     "check",
     "contest",
     "dense_linear",
@@ -92,6 +96,10 @@ class LinearCase:
             "mask": self.mask,
         }
 
+    def dy(self, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
+        random = random_tensors(self.dtype, device, seed)
+        return X_LAYOUTS[self.x_layout](random, (*self.batch, self.kept[0]))
+
 
 _Random = Callable[..., Tensor]
 
@@ -101,12 +109,12 @@ def random_tensors(dtype: torch.dtype, device: torch.device | str, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        values = normal(shape, generator, device)
         if dtype == torch.float64:
             # On this grid fp64 products, and sums of hundreds, are exact in any order (in fp32 they
             # are not), so that in fp64 "equals the dense computation" means every bit.
             values = (values * 2**20).round() / 2**20
-        return values.to(device, dtype)
+        return values.to(dtype)
 
     return random
 
@@ -189,26 +197,57 @@ def bytes_moved(case: LinearCase) -> dict[str, int]:
     }
 
 
-def contest(case: LinearCase, bar: float | None = None) -> Contest:
+def contest(
+    case: LinearCase,
+    bar: float | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    impl: str = "auto",
+    seed: int = 0,
+) -> Contest:
     """Forward and backward against ``F.linear``: of the small weight, gathered before, if the mask
     is compact, else of the whole one.
     """
-    arguments = case.make(requires_grad=True)
+    arguments = case.make(seed, device, requires_grad=True)
     x, weight = arguments["x"], arguments["weight"]
     plain = weight
     if case.mask.compact:
-        rows, cols = kept_indices(case.mask, weight)
-        plain = weight.detach()[rows[:, None], cols].requires_grad_()
-    dy = random_tensors(case.dtype, x.device, 1)(*case.batch, case.kept[0])
+        plain = case.mask.restrict(weight.detach()).contiguous().requires_grad_()
+    dy = case.dy(seed + 1, device)
 
     def ours() -> object:
-        return torch.autograd.grad(masked_linear(**arguments), [x, weight], dy)
+        return torch.autograd.grad(masked_linear(**arguments, impl=impl), [x, weight], dy)
 
     def baseline() -> object:
         return torch.autograd.grad(F.linear(x, plain), [x, plain], dy)
 
     costs = sum(flops(case).values()), sum(bytes_moved(case).values())
     return Contest(ours, {"F.linear": baseline}, *costs, bar)
+
+
+def call(
+    case: LinearCase, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """``masked_linear`` and its gradients."""
+    arguments = case.make(seed, device)
+    return call_with_gradients(masked_linear, arguments, case.dy(seed + 1, device), impl)
+
+
+def call_with_gradients(
+    function: Callable[..., Tensor],
+    arguments: dict[str, Any],
+    dy: Tensor,
+    impl: str,
+    *,
+    frozen: tuple[str, ...] = (),
+) -> Call:
+    """The function, and the gradient of every floating-point tensor that is not frozen."""
+    given = (value for value in arguments.values() if isinstance(value, Tensor))
+
+    def run() -> list[Tensor]:
+        return list(results(function, {**arguments, "impl": impl}, dy, frozen=frozen).values())
+
+    return Call([*(tensor for tensor in given if tensor.is_floating_point()), dy], run)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: Mask) -> Tensor:
@@ -251,8 +290,7 @@ def check(
     poison["weight"][~inside] = math.nan
     if case.bias:
         poison["bias"][~inside_rows] = math.nan
-    random = random_tensors(case.dtype, device, seed + 1)
-    dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.kept[0]))
+    dy = case.dy(seed + 1, device)
 
     with poisoned():
         actual = results(masked_linear, {**poison, "impl": impl}, dy)
@@ -289,9 +327,14 @@ def magnitudes_of_few(
     }
     sums = results(function, positive, dy.double().abs(), **options)
     return {
-        name: max_error(terms, terms.new_zeros(())) if terms.unique().numel() < 100 else 0.0
+        name: max_error(terms, terms.new_zeros(())) if _different(terms) < 100 else 0.0
         for name, terms in sums.items()
     }
+
+
+def _different(tensor: Any) -> int:
+    """How many different numbers it holds."""
+    return tensor.unique().numel()
 
 
 def results(

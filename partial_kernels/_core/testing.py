@@ -1,4 +1,5 @@
-"""What results are held against: an error budget, exact zeros off a mask, poisoned memory.
+"""What results are held against: an error budget, exact zeros off a mask, poisoned memory; and the
+numbers that go in.
 
 Tests, benchmarks and ``maskedtrain doctor`` share these; failures are AssertionErrors.
 """
@@ -6,14 +7,50 @@ Tests, benchmarks and ``maskedtrain doctor`` share these; failures are Assertion
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["assert_within_budget", "assert_zero_outside", "max_error", "poisoned"]
+__all__ = [
+    "Call",
+    "assert_within_budget",
+    "assert_zero_outside",
+    "max_error",
+    "normal",
+    "poisoned",
+]
+
+# Numbers that are drawn on the CPU for any device; more would take it longer than all else.
+_FEW = 1 << 22
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a family's function, to be captured, compiled or repeated.
+
+    Args:
+        inputs: the tensors it reads, and those it updates in place: with other numbers in them the
+            next run is another one.
+        run: makes the call; gives its results and every gradient, or what it has updated.
+    """
+
+    inputs: list[Tensor]
+    run: Callable[[], list[Tensor]]
+
+
+def normal(
+    shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str
+) -> Tensor:
+    """Standard normal numbers, fp64: up to ``_FEW`` the same on every device."""
+    if math.prod(shape) <= _FEW or torch.device(device).type == "cpu":
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    seed = int(torch.randint(1 << 31, (), generator=generator))
+    there = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=there, dtype=torch.float64, device=device)
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
