@@ -58,7 +58,7 @@ constexpr int64_t items_of(const Region<streams>& region) {
 
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   // 64-bit divisions take a hundred instructions.
-  return (uint64_t(a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+  return uint64_t(a | b) >> 32 ? a / b : int64_t(uint32_t(a) / uint32_t(b));
 }
 
 template <int streams>
@@ -72,6 +72,8 @@ __device__ __forceinline__ int64_t place(const Region<streams>& region, int dim,
 template <int streams>
 __device__ __forceinline__ void move(const Region<streams>& region, int dims, int64_t i,
                                      char* (&at)[streams]) {
+  // Not unrolled: there is most often one, and each division is long.
+#pragma unroll 1
   for (int d = dims - 1; d >= 0; --d) {
     int64_t here = i;
     if (d > 0) {
@@ -103,35 +105,39 @@ struct Item {
   }
 
   __device__ __forceinline__ char* bytes_at(int s, int i) const {
-    const int last = region.dims - 1;
-    if (!region.positions || last == 0) {
-      if (region.positions && region.packed[s]) return start[s] + i * region.packed_stride[s];
-      return start[s] + place[i] * region.stride[s][last];
-    }
     if (region.packed[s]) return start[s] + i * region.packed_stride[s];
-    char* moved[streams];
-    for (int other = 0; other < streams; ++other) moved[other] = start[other];
-    move(region, region.dims, place[i], moved);
-    return moved[s];
+    return start[s] + place[i] * region.stride[s][region.dims - 1];
   }
 };
 
-// Item number `item`. Elements outside the mask are left out, or are not.
+// Positions where strides leave dimensions apart: an item is one element.
+template <int streams>
+__device__ __forceinline__ bool one_by_one(const Region<streams>& region) {
+  return region.positions && region.dims > 1;
+}
+
+// Item number `item`, or the element `part` of it where they are taken one by one. Elements outside
+// the mask are left out, or are not.
 template <bool leave_out, int streams>
-__device__ __forceinline__ Item<streams> item_of(const Region<streams>& region, int64_t item) {
+__device__ __forceinline__ Item<streams> item_of(const Region<streams>& region, int64_t item,
+                                                 int part) {
   constexpr int mask = streams - 1;
   Item<streams> found{region, {}, {}, 0, 0, false};
   for (int s = 0; s < streams; ++s) found.start[s] = region.base[s];
   if (region.positions) {
-    found.first = item * item_size;
+    found.first = item * item_size + part;
 #pragma unroll
     for (int i = 0; i < item_size; ++i) {
-      if (found.first + i >= region.count) continue;
+      if (found.first + i >= region.count || (i > 0 && one_by_one(region))) continue;
       found.kept |= 1u << i;
       found.place[i] = region.positions[found.first + i];
     }
+    if (one_by_one(region) && found.kept) {
+      move(region, region.dims, found.place[0], found.start);
+      found.place[0] = 0;
+    }
     for (int s = 0; s < streams; ++s)
-      if (region.packed[s]) found.start[s] += found.first * region.packed_stride[s];
+      if (region.packed[s]) found.start[s] = region.base[s] + found.first * region.packed_stride[s];
     return found;
   }
   const int last = region.dims - 1;
@@ -301,11 +307,15 @@ struct Batch {
     const int64_t items = items_of(region);
     const int64_t first =
         int64_t(blockIdx.x - first_block[r]) * region_threads * items_by_thread + threadIdx.x;
+#pragma unroll 1
     for (unsigned i = 0; i < items_by_thread; ++i) {
       const int64_t number = first + int64_t(i) * region_threads;
       if (number >= items) return;
-      const auto item = item_of<leave_out>(region, number);
-      if (item.kept) visit(item);
+#pragma unroll 1
+      for (int part = 0; part < (one_by_one(region) ? item_size : 1); ++part) {
+        const auto item = item_of<leave_out>(region, number, part);
+        if (item.kept) visit(item);
+      }
     }
   }
 };

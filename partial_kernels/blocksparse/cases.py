@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 
 from partial_kernels._core import linear_cases
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import Bars, Contest
 from partial_kernels._core.linear_cases import LinearCase as Case
-from partial_kernels._core.linear_cases import bytes_moved, check, flops, variations
+from partial_kernels._core.linear_cases import bytes_moved, call, check, flops, variations
 from partial_kernels.masks import Block
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 
 def _random_bitmap(rows: int, cols: int, share: float) -> Tensor:
@@ -27,6 +37,22 @@ _RAGGED = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 1], [0, 0, 1]], dtype=torch
 
 CASES = (
     *variations("block", 13, 11, Block(_RAGGED, 4)),
+    # Of the sizes that tensor cores take.
+    *variations("block16", 61, 43, Block(_RAGGED, 16)),
+    *(
+        Case(
+            f"block{size}-ragged-{name}",
+            (9,),
+            4 * size - 3,
+            3 * size - 5,
+            Block(_RAGGED, size),
+            dtype,
+        )
+        for size in (16, 32, 64, 128)
+        for name, dtype in {"fp32": torch.float32, "fp16": torch.float16}.items()
+    ),
+    Case("block16-none", (7,), 61, 43, Block(torch.zeros(4, 3, dtype=torch.bool), 16)),
+    Case("block16-all", (7,), 61, 43, Block(torch.ones(4, 3, dtype=torch.bool), 16)),
     Case("block-none", (7,), 13, 11, Block(torch.zeros(4, 3, dtype=torch.bool), 4)),
     Case("block-all", (7,), 13, 11, Block(torch.ones(4, 3, dtype=torch.bool), 4)),
     Case("block-size-1", (7,), 4, 3, Block(_RAGGED, 1)),
@@ -57,7 +83,31 @@ BENCH_CASES = tuple(
 )
 
 
-def contest(case: Case) -> Contest:
+_PROMISED = {(128, 0.25): 1 / 2.2, (64, 0.2): 1 / 1.6, (32, 0.1): 1 / 1.2}
+
+
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``, and what is promised there; densities
+    without a promise show where the dense product becomes faster.
+    """
+
+    def case(size: int, density: float) -> Case:
+        blocks, small = 4096 // size, max(size // scale, 1)
+        mask, width = Block(_random_bitmap(blocks, blocks, density), small), blocks * small
+        name = f"block{size}-{density}"
+        return Case(name, (8192 // scale,), width, width, mask, torch.bfloat16, bias=False)
+
+    sizes = {128: (0.1, 0.4, 0.6), 64: (0.1, 0.4, 0.6), 32: (0.05, 0.2, 0.4), 16: (0.05, 0.1)}
+    others = [(size, density) for size, densities in sizes.items() for density in densities]
+    promised: list[tuple[Case, Bars]] = [
+        (case(*key), {"F.linear": bar}) for key, bar in _PROMISED.items()
+    ]
+    return [*promised, *((case(*key), {}) for key in others)]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """Against the dense layer, of whose time it may take 1.2 times the share of active blocks."""
     share = case.mask.numel(case.shape) / (case.outputs * case.inputs)
-    return linear_cases.contest(case, bar=1.2 * share)
+    return linear_cases.contest(case, 1.2 * share, device=device, impl=impl, seed=seed)

@@ -16,4 +16,6 @@ _linear = linear_function(OPS)
 def block_linear(
     x_TI: Tensor, weight: Tensor, bias: Tensor | None, mask: Block, impl: str
 ) -> Tensor:
-    return _linear(x_TI, weight, bias, impl, mask.bitmap.to(weight.device), mask.size)
+    # The mask's own bitmap, wherever it is: backends keep on it what they make of it, which under
+    # torch.compile they could not on a copy made in every call.
+    return _linear(x_TI, weight, bias, impl, mask.bitmap, mask.size)

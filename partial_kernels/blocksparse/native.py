@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from partial_kernels._native import contiguous_rows, native_op
-from partial_kernels.blocksparse.reference import OPS
+from partial_kernels.blocksparse.reference import OPS, on
 
 _forward = native_op("blocksparse_forward_cpu")
 _dx = native_op("blocksparse_dx_cpu")
@@ -32,14 +32,14 @@ def _supports(first: Tensor, second: Tensor, *rest: Any) -> str | None:
 
 @OPS.forward.backend("native", _supports)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, bitmap: Tensor, size: int) -> Tensor:
-    return _forward(contiguous_rows(x), weight, bias, bitmap, size)
+    return _forward(contiguous_rows(x), weight, bias, on(x.device, bitmap), size)
 
 
 @OPS.dx.backend("native", _supports)
 def _(dy: Tensor, weight: Tensor, width: int, bitmap: Tensor, size: int) -> Tensor:
-    return _dx(contiguous_rows(dy), weight, bitmap, size)
+    return _dx(contiguous_rows(dy), weight, on(dy.device, bitmap), size)
 
 
 @OPS.dweight.backend("native", _supports)
 def _(dy: Tensor, x: Tensor, weight: Tensor, bitmap: Tensor, size: int) -> Tensor:
-    return _dweight(contiguous_rows(dy), contiguous_rows(x), bitmap, size)
+    return _dweight(contiguous_rows(dy), contiguous_rows(x), on(x.device, bitmap), size)

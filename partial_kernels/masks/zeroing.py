@@ -161,8 +161,9 @@ def _bool_tensor(tensor: Tensor, what: str) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:  # pyright: ignore[reportUnnecessaryIsInstance]
         got = str(tensor.dtype)[6:] if isinstance(tensor, Tensor) else type(tensor).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{what} must be a bool tensor, got {got}")
-    # A mask's strides would show in those of a gradient, and kernels read rows.
-    return tensor.contiguous()
+    # A mask's strides would show in those of a gradient, and kernels read rows. Of a view, compiled
+    # code would save another tensor in every call, and backends keep on it what they make of it.
+    return tensor.detach().contiguous()
 
 
 def _pack_bits(tensor: Tensor) -> dict[str, Any]:

@@ -7,25 +7,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest, backward
+from partial_kernels._core.contest import Bars, Contest, backward
 from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
+    call_with_gradients,
     doubled,
     magnitudes_of_few,
     random_tensors,
     results,
 )
-from partial_kernels._core.testing import assert_within_budget, poisoned
+from partial_kernels._core.testing import Call, assert_within_budget, poisoned
 from partial_kernels.packed.function import packed_linear
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 # T tokens, O outputs, I inputs, N trained elements
 
@@ -60,9 +72,7 @@ class Case:
     def positions(self) -> Tensor:
         if isinstance(self.index, Sequence):
             return torch.tensor(self.index, dtype=torch.int64)
-        generator = torch.Generator().manual_seed(self.kept)
-        order = torch.randperm(self.outputs * self.inputs, generator=generator)
-        return order[: self.kept].sort().values
+        return _random_positions(self.kept, self.outputs * self.inputs)
 
     def make(
         self, seed: int = 0, device: torch.device | str = "cpu", *, requires_grad: bool = False
@@ -81,6 +91,16 @@ class Case:
             "weight": layout(random, (self.outputs, self.inputs)),
             "index": self.positions().to(device),
         }
+
+    def dy(self, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
+        random = random_tensors(self.dtype, device, seed)
+        return X_LAYOUTS[self.x_layout](random, (*self.batch, self.outputs))
+
+
+@cache
+def _random_positions(count: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randperm(size, generator=generator)[:count].sort().values
 
 
 def _variations(name: str, **options: Any) -> tuple[Case, ...]:
@@ -116,6 +136,7 @@ CASES = (
     Case("packed-few-tokens", (2,), 64, 48, 0.02),
     Case("packed-aligned", (256,), 160, 128, 0.05),
     Case("packed-aligned-bf16", (256,), 160, 128, 0.05, dtype=torch.bfloat16),
+    Case("packed-aligned-fp16", (64,), 160, 128, 0.05, dtype=torch.float16),
 )
 
 BENCH_CASES = tuple(
@@ -141,13 +162,35 @@ def bytes_moved(case: Case) -> dict[str, int]:
     }
 
 
-def contest(case: Case) -> Contest:
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``, and what is promised there."""
+    width, bars = 4096 // scale, {0.005: {"F.linear": 1.1}, 0.05: {}}
+    return [
+        (
+            Case(
+                f"packed-{density:.1%}",
+                (8192 // scale,),
+                width,
+                width,
+                density,
+                torch.bfloat16,
+                bias=False,
+            ),
+            promised,
+        )
+        for density, promised in bars.items()
+    ]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """The backward against a dense layer's."""
-    arguments = case.make(requires_grad=True)
+    arguments = case.make(seed, device, requires_grad=True)
     x, values, weight = (arguments[name] for name in ("x", "values", "weight"))
     dense = weight.clone().requires_grad_()
-    dy = random_tensors(case.dtype, x.device, 1)(*case.batch, case.outputs)
-    y, plain = packed_linear(**arguments), F.linear(x, dense, arguments.get("bias"))
+    dy = case.dy(seed + 1, device)
+    y, plain = packed_linear(**arguments, impl=impl), F.linear(x, dense, arguments.get("bias"))
 
     def ours() -> object:
         return torch.autograd.grad(y, [x, values], dy, retain_graph=True)
@@ -168,13 +211,19 @@ def plain_packed(
     return F.linear(x, weight + dweight, bias)
 
 
+def call(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """``packed_linear`` and its gradients."""
+    arguments, dy = case.make(seed, device), case.dy(seed + 1, device)
+    return call_with_gradients(packed_linear, arguments, dy, impl, frozen=("weight",))
+
+
 def check(
     case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
 ) -> None:
     """Raise AssertionError unless y, dx, dvalues and db are right."""
-    arguments = case.make(seed, device)
-    random = random_tensors(case.dtype, device, seed + 1)
-    dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.outputs))
+    arguments, dy = case.make(seed, device), case.dy(seed + 1, device)
     with poisoned():
         actual = results(packed_linear, {**arguments, "impl": impl}, dy, frozen=("weight",))
     plain = results(plain_packed, arguments, dy, frozen=("weight",))
