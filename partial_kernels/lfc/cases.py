@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest, Step
+from partial_kernels._core.contest import Bars, Contest, Step
 from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
+    call_with_gradients,
     doubled,
+    magnitudes_of_few,
     random_tensors,
     results,
 )
-from partial_kernels._core.testing import assert_within_budget, poisoned
+from partial_kernels._core.testing import Call, assert_within_budget, poisoned
 from partial_kernels.lfc.function import Form, lfc_linear
 
 __all__ = [
@@ -27,9 +30,11 @@ __all__ = [
     "CASES",
     "Case",
     "bytes_moved",
+    "call",
     "check",
     "contest",
     "flops",
+    "gpu_cases",
     "plain_lfc",
 ]
 
@@ -64,6 +69,11 @@ class Case:
             return not self.core and self.form == "merged"
         return self.tokens * (self.inputs + self.outputs) >= self.inputs * self.outputs
 
+    @property
+    def plain(self) -> bool:
+        """Whether plain PyTorch alone computes it: the factored form with W has no backends."""
+        return not (self.core or self.merged)
+
     def make(
         self, seed: int = 0, device: torch.device | str = "cpu", *, requires_grad: bool = False
     ) -> dict[str, Any]:
@@ -82,6 +92,10 @@ class Case:
         if self.core:
             made["weight"] = None
         return {**made, "form": self.form}
+
+    def dy(self, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
+        random = random_tensors(self.dtype, device, seed)
+        return X_LAYOUTS[self.x_layout](random, (*self.batch, self.outputs))
 
 
 def _variations(name: str, **options: Any) -> tuple[Case, ...]:
@@ -149,15 +163,38 @@ def bytes_moved(case: Case) -> dict[str, int]:
     }
 
 
-def contest(case: Case) -> Contest:
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``, and what is promised there: a core among
+    many tokens, as in training, and among few.
+    """
+
+    def case(core: bool, tokens: int, width: int, share: int) -> Case:
+        small, rank = width // scale, max(width // scale // share, 1)
+        name = f"{'core' if core else 'super'}-{tokens}x{width}-1/{share}"
+        return Case(
+            name, (tokens // scale,), small, small, rank, core, dtype=torch.bfloat16, bias=False
+        )
+
+    sizes = [(width, share) for width in (4096, 1024) for share in (32, 8)]
+    few = [(2048, 1024, 32), (2048, 1024, 8), (1024, 2048, 32)]
+    return [
+        *((case(False, 8192, *size), {"F.linear": 1.03}) for size in sizes),
+        *((case(True, 8192, *size), {"two F.linear": 1.0}) for size in sizes),
+        *((case(True, *size), {"two F.linear": 1.0}) for size in few),
+    ]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """Forward and backward of a super layer against ``F.linear``'s, whose step it may exceed by
     K / T and timing's own 0.04; of a core against two thin layers'.
 
     W' is formed in every step, as in training: with unchanged weights it would be kept.
     """
-    arguments = case.make(requires_grad=True)
+    arguments = case.make(seed, device, requires_grad=True)
     leaves = {k: a for k, a in arguments.items() if isinstance(a, Tensor)}
-    dy = random_tensors(case.dtype, "cpu", 1)(case.tokens, case.outputs)
+    dy = case.dy(seed + 1, device)
 
     def step(forward: Callable[..., Tensor], names: list[str]) -> Step:
         needed = [leaves[name] for name in names]
@@ -166,7 +203,7 @@ def contest(case: Case) -> Contest:
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
         return F.linear(x, weight, bias)
 
-    ours = step(lfc_linear, list(leaves))
+    ours = step(partial(lfc_linear, impl=impl), list(leaves))
     if case.core:
         baselines, bar = {"two F.linear": step(plain_lfc, list(leaves))}, 1.07
     else:
@@ -193,19 +230,26 @@ def plain_lfc(
     return F.linear(x, weight + v @ u, bias)
 
 
+def call(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """``lfc_linear`` and its gradients."""
+    arguments = case.make(seed, device)
+    return call_with_gradients(lfc_linear, arguments, case.dy(seed + 1, device), impl)
+
+
 def check(
     case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
 ) -> None:
     """Raise AssertionError unless y, dx, dW, dU, dV and db are right."""
-    arguments = case.make(seed, device)
-    random = random_tensors(case.dtype, device, seed + 1)
-    dy = X_LAYOUTS[case.x_layout](random, (*case.batch, case.outputs))
+    arguments, dy = case.make(seed, device), case.dy(seed + 1, device)
     plain_form = "merged" if case.merged else "factored"
     with poisoned():
         actual = results(lfc_linear, {**arguments, "impl": impl}, dy)
     plain = results(plain_lfc, {**arguments, "form": plain_form}, dy)
-    double = doubled(arguments)
-    exact = results(plain_lfc, double, dy.double())
+    exact = results(plain_lfc, doubled(arguments), dy.double())
+    magnitudes = magnitudes_of_few(plain_lfc, arguments, dy)
     assert actual.keys() == exact.keys()
     for name, result in actual.items():
-        assert_within_budget(result, plain[name], exact[name], what=f"{case.name}: {name}")
+        what, magnitude = f"{case.name}: {name}", magnitudes[name]
+        assert_within_budget(result, plain[name], exact[name], what=what, magnitude=magnitude)

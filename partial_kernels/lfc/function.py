@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from partial_kernels._core.checks import check_tensors, compute_dtype, no_autocast
 from partial_kernels._core.ops import plain_call
-from partial_kernels.lfc.reference import MERGE, factor_costs, factor_gradients
+from partial_kernels.lfc.reference import CORE, MERGE, factor_costs, factor_gradients
 
 __all__ = ["Form", "MergeCache", "lfc_linear"]
 
@@ -118,6 +118,57 @@ class _Merged(torch.autograd.Function):
 _merged: Any = cast("Any", _Merged).apply
 
 
+class _Core(torch.autograd.Function):
+    # Old-style forward(ctx, ...): the setup_context form costs 17 us more a call. h is a result, so
+    # that a second derivative goes through it to x and U, whether or not x is kept.
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x_TI: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        y_TO, h_TK = CORE(x_TI, u, v, bias, impl)
+        _, needs_du, needs_dv, *_ = ctx.needs_input_grad
+        # A frozen factor must not keep its input alive.
+        ctx.save_for_backward(x_TI if needs_du else None, h_TK if needs_dv else None, u, v)
+        ctx.impl, ctx.bias_dtype = impl, None if bias is None else bias.dtype
+        # Dynamo does not trace this, so that h's gradient would be zeros; nor is what it compiles
+        # differentiated twice, so that there is no other.
+        ctx.compiled = torch.compiler.is_compiling()
+        if not ctx.compiled:
+            ctx.set_materialize_grads(False)
+        return y_TO, h_TK
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor | None, dh_TK: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TI, h_TK, u, v = ctx.saved_tensors
+        needs_dx, needs_du, needs_dv, needs_dbias, _ = ctx.needs_input_grad
+        dx = du = dv = dbias = None
+        if ctx.compiled:
+            dh_TK = None
+        # A backward may run within autocast's context: what is in fp32 stays so.
+        with no_autocast(u):
+            # Grad mode is on in a backward only under create_graph=True: then take the formulas,
+            # which autograd can differentiate once more.
+            first_order = dh_TK is None and not torch.is_grad_enabled()
+            if needs_dx and dy_TO is not None and first_order:
+                dx, dh_TK = CORE(dy_TO, v.mT, u.mT, None, ctx.impl)
+            else:
+                if dy_TO is not None and (needs_dx or needs_du):
+                    dh_of_y = dy_TO @ v.to(dy_TO.dtype)
+                    dh_TK = dh_of_y if dh_TK is None else dh_TK + dh_of_y
+                if dh_TK is not None and needs_dx:
+                    dx = dh_TK @ u.to(dh_TK.dtype)
+            if dh_TK is not None and needs_du:
+                du = (dh_TK.mT @ x_TI).to(u.dtype)
+            if dy_TO is not None and needs_dv:
+                dv = (dy_TO.mT @ h_TK).to(v.dtype)
+        if needs_dbias and dy_TO is not None:
+            dbias = dy_TO.sum(0).to(ctx.bias_dtype)
+        return dx, du, dv, dbias, None
+
+
+_core: Any = cast("Any", _Core).apply
+
+
 def lfc_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -139,7 +190,8 @@ def lfc_linear(
       1 + K / T of a plain layer's. Saved for the backward beside parameters: x and W'.
     - factored: ``y = x W^T + (x U^T) V^T``, for few tokens; saved beside parameters: x and
       ``x U^T``, [T, K]. The core saves the same, as two plain layers do: to compute ``x U^T`` again
-      would take a sixth of its step's FLOPs where I = O, to save K / I of x's memory.
+      would take a sixth of its step's FLOPs where I = O, to save K / I of x's memory. (x only where
+      U is trained, ``x U^T`` where V is.)
 
     In fp32 the forms differ by rounding. In bf16 (autocast) W' is formed in the parameters' dtype
     and rounded once, which costs as much as rounding the outputs does; but an error of W's scale
@@ -161,7 +213,9 @@ def lfc_linear(
         cache: keeps W' for the next call with unchanged parameters. With gradients off "auto" takes
             W' from it for few tokens, too. With gradients on the form does not depend on earlier
             calls, so that checkpointed activations are recomputed, and runs resumed, in the same.
-        impl: backend of the merging, by name (it runs or raises), or "auto".
+        impl: backend of the merging, or of the core, by name (it runs or raises), or "auto": for a
+            core two plain PyTorch calls, except on CUDA, where few tokens of a narrow layer take
+            one kernel, forward and for dx. The factored form with W has no backends.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``form`` is unknown.
@@ -173,11 +227,9 @@ def lfc_linear(
     """
     _check(x, weight, u, v, bias, form)
     if weight is None:
-        plain_call("lfc_linear", impl)
-        return F.linear(F.linear(x, u), v, bias)
+        return _core_linear(x, u, v, bias, impl)
     dtype = compute_dtype(x)
-    tokens = math.prod(x.shape[:-1])
-    few = form == "factored" or (form == "auto" and _few(x, weight, u, v, tokens))
+    few = form == "factored" or (form == "auto" and _few(x, weight, u, v))
     key = merged = None
     if cache is not None and form != "factored" and not (few and torch.is_grad_enabled()):
         key = cache.key(weight, u, v, dtype, impl)
@@ -187,19 +239,36 @@ def lfc_linear(
         return F.linear(x, weight, bias) + F.linear(F.linear(x, u), v)
     if merged is None:
         merged = _merge(weight, u, v, dtype, impl, cache, key)
+    return _shaped(_merged(_by_token(x, dtype), weight, u, v, bias, merged), x)
+
+
+def _core_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    # Only CUDA has a kernel for it; elsewhere torch's own two calls cost less than one around them.
+    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+        plain_call("lfc_linear", impl)
+        return F.linear(F.linear(x, u), v, bias)
+    y_TO, _ = _core(_by_token(x, compute_dtype(x)), u, v, bias, impl)
+    return _shaped(y_TO, x)
+
+
+def _by_token(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as [T, I]."""
     if x.ndim == 2 and x.dtype == dtype:
-        return _merged(x, weight, u, v, bias, merged)
-    outputs, inputs = weight.shape
-    x_TI = x.to(dtype).reshape(tokens, inputs)
-    return _merged(x_TI, weight, u, v, bias, merged).reshape(*x.shape[:-1], outputs)
+        return x
+    return x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _few(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, tokens: int) -> bool:
+def _shaped(y_TO: Tensor, x: Tensor) -> Tensor:
+    """y with the leading dimensions of x."""
+    return y_TO if x.ndim == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+
+
+def _few(x: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> bool:
     """Whether the factored form takes fewer FLOPs, with the gradients that are needed."""
     # A comparison would make torch.export's number of tokens one of a range.
     if torch.compiler.is_exporting():
         return False
-    (outputs, inputs), rank = weight.shape, u.shape[0]
+    (outputs, inputs), rank, tokens = weight.shape, u.shape[0], math.prod(x.shape[:-1])
     graph = torch.is_grad_enabled()
     dx, dweight, du, dv = (graph and tensor.requires_grad for tensor in (x, weight, u, v))
     # Beyond a plain layer's, in units of 2 FLOPs.

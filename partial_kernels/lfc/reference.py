@@ -6,6 +6,10 @@ Once ``W' = W + V U`` is formed, at ``2 O I K`` FLOPs and none by token, the lay
 
 The gradients of the factors need no token either, where dW is there; where W is frozen, they are
 ``dV = dy^T (x U^T)`` and ``dU = (dy V)^T x``.
+
+The core, which has no W, takes two thin products forward, and two of the same form back::
+
+    h = x U^T     y = h V^T + b        dh = dy V     dx = dh U        dV = dy^T h     dU = dh^T x
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from partial_kernels._core.checks import no_autocast
 from partial_kernels._core.ops import Op
 
-__all__ = ["MERGE", "factor_costs", "factor_gradients", "merge"]
+__all__ = ["CORE", "MERGE", "core", "factor_costs", "factor_gradients", "merge"]
 
 # T tokens, O outputs, I inputs, K rank
 
@@ -43,6 +48,34 @@ MERGE = Op(
     flops=_merge_flops,
 )
 MERGE.backend("reference")(merge)
+
+
+def core(
+    x_TI: Tensor, first_KI: Tensor, second_OK: Tensor, bias_O: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y and h: ``h = x first^T`` and ``y = h second^T + b``, in x's dtype."""
+    dtype = x_TI.dtype
+    h_TK = F.linear(x_TI, first_KI.to(dtype))
+    return F.linear(h_TK, second_OK.to(dtype), None if bias_O is None else bias_O.to(dtype)), h_TK
+
+
+def _core_fake(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    tokens, (outputs, rank) = x.shape[0], second.shape
+    return x.new_empty(tokens, outputs), x.new_empty(tokens, rank)
+
+
+def _core_flops(x_shape: Any, first_shape: Any, second_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * first_shape[0] * (first_shape[1] + second_shape[0])
+
+
+CORE = Op(
+    "lfc_core(Tensor x, Tensor first, Tensor second, Tensor? bias, str impl) -> (Tensor, Tensor)",
+    fake=_core_fake,
+    flops=_core_flops,
+)
+CORE.backend("reference")(core)
 
 
 def factor_costs(
