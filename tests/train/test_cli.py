@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -254,7 +255,9 @@ def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "eval", "extract", "train", "translate"])
+@pytest.mark.parametrize(
+    "command", ["bench", "demo", "doctor", "eval", "extract", "train", "translate"]
+)
 def test_every_command_has_help(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -472,3 +475,17 @@ def test_two_steps_on_cifar10(tmp_path: Path, tables: list[list[ResultRow]]):
     options = "--preset cifar10-resnet18-ats --depth 8 --width 8 --max-steps 2 --device cpu"
     cli.main(["train", *options.split(), "--out", str(tmp_path)])
     assert [(row.network, row.iterations) for row in tables[0]] == [("full", 1), ("core", 1)]
+
+
+def test_bench_times_the_families_that_were_named(capsys: pytest.CaptureFixture[str]):
+    cli.main(["bench", "--families", "stats"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == "time of a step, and its share of that of the fastest other way"
+    assert lines
+    assert all(re.fullmatch(r"stats \S+ +[\d.]+ ms +[\d.]+ x .+", line) for line in lines)
+
+
+def test_bench_says_what_it_cannot_do(fails: Fails):
+    assert "unknown family 'stat'" in fails("bench", "--families", "stat")
+    if not torch.cuda.is_available():
+        assert "there is no CUDA device here" in fails("bench", "--tune")
