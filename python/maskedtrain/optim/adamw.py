@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 import partial_kernels as pk
-from maskedtrain.optim.base import MaskedOptimizer
-from maskedtrain.optim.regions import RegionCounts
+from maskedtrain.optim.base import MaskedOptimizer, capturing, refuse_capture
+from maskedtrain.optim.regions import DeviceCounts, RegionCounts
 from partial_kernels.masks import Mask
 from partial_kernels.optim.checks import check_adamw_options
 from partial_kernels.optim.reference import state_dtype
@@ -46,6 +46,9 @@ class MaskedAdamW(MaskedOptimizer):
         betas: decay of the running averages m and v, each in [0, 1).
         eps: >= 0.
         weight_decay: >= 0.
+        capturable: count updates on the parameters' device, so that a CUDA graph that holds a step
+            goes on counting (with a tensor as ``lr``, it follows that, too). Every sub-network
+            whose step is captured must have been stepped with before.
 
     Raises:
         ValueError, TypeError: an option is out of range or no number.
@@ -62,10 +65,12 @@ class MaskedAdamW(MaskedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        self._on_device: dict[int, DeviceCounts] = {}
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**options, "capturable": capturable})
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_adamw_options(group["lr"], group["betas"], group["eps"], group["weight_decay"])
@@ -73,27 +78,107 @@ class MaskedAdamW(MaskedOptimizer):
     def _update(
         self, group: dict[str, Any], updates: list[tuple[Tensor, Mask]], lr: float | Tensor
     ) -> None:
-        counts: list[tuple[dict[str, Any], RegionCounts]] = []
-        regions: list[tuple[Any, ...]] = []
-        for param, mask in updates:
-            state = self._state(param)
-            after, counted = state["regions"].updated(mask, param.shape)
-            counts.append((state, after))
-            tensors = param, param.grad, state["exp_avg"], state["exp_avg_sq"]
-            regions += [(*tensors, region, step) for region, step in counted]
+        if group["capturable"] and updates:
+            self._update_on_device(group, updates, lr)
+            return
+        if any(map(capturing, (param for param, _ in updates))):
+            raise RuntimeError("a captured step needs capturable=True: it would count no updates")
+        after = [
+            self._state(param)["regions"].updated(mask, param.shape) for param, mask in updates
+        ]
+        steps = [step for _, counted in after for _, step in counted]
+        regions = [[region for region, _ in counted] for _, counted in after]
+        self._step(group, updates, regions, steps, lr)
+        for (param, _), (counts, _) in zip(updates, after, strict=True):
+            self.state[param]["regions"] = counts
+
+    def _update_on_device(
+        self, group: dict[str, Any], updates: list[tuple[Tensor, Mask]], lr: float | Tensor
+    ) -> None:
+        number = next(i for i, known in enumerate(self.param_groups) if known is group)
+        counted, counts = self._on_device.get(number), {}
+        states = {param: self._state(param)["regions"] for param, _ in updates}
+        known = {param: states[param].knowing(mask, param.shape) for param, mask in updates}
+        if counted is None or not all(counted.has(param, known[param]) for param in known):
+            if any(map(capturing, known)):
+                raise RuntimeError("a step that is captured must have been taken once before")
+            self._fetch()
+            counts = {
+                param: self.state[param]["regions"]
+                for param in group["params"]
+                if self.state.get(param)
+            }
+            counts |= {param: counts[param].knowing(mask, param.shape) for param, mask in updates}
+            counted = DeviceCounts(counts, updates[0][0].device)
+            known = counts
+        regions = [known[param].regions_of(mask) for param, mask in updates]
+        sizes = [(param, len(r)) for (param, _), r in zip(updates, regions, strict=True)]
+        places = counted.places(sizes)
+        steps = counted.after(places)
+        self._step(group, updates, regions, steps, lr)
+        counted.keep(places, steps)
+        self._on_device[number] = counted
+        for param, count in counts.items():
+            self.state[param]["regions"] = count
+
+    def _step(
+        self,
+        group: dict[str, Any],
+        updates: list[tuple[Tensor, Mask]],
+        regions: list[list[Mask]],
+        steps: list[int] | Tensor,
+        lr: float | Tensor,
+    ) -> None:
+        params = [param for (param, _), some in zip(updates, regions, strict=True) for _ in some]
         pk.masked_adamw_(
-            *([region[i] for region in regions] for i in range(6)),
+            params,
+            [cast(Tensor, param.grad) for param in params],
+            [self.state[param]["exp_avg"] for param in params],
+            [self.state[param]["exp_avg_sq"] for param in params],
+            [region for some in regions for region in some],
+            steps,
             lr=lr,
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        for state, after in counts:
-            state["regions"] = after
+
+    def _fetch(self) -> None:
+        """Have the state say how often regions have been updated."""
+        for counted in self._on_device.values():
+            for param, counts in counted.fetched().items():
+                self.state[param]["regions"] = counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; it can be read with ``torch.load(weights_only=True)``."""
+        self._fetch()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict()`` was taken, bit for bit.
+
+        Raises:
+            ValueError: it is another optimizer's, or does not fit these parameters; nothing has
+                been changed.
+        """
+        super().load_state_dict(state_dict)
+        self._on_device.clear()
+
+    def __getstate__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._fetch()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._on_device = {}
+        # Saved before there was this option.
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if not state:
+            refuse_capture(param)
             dtype = state_dtype(param.dtype)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)

@@ -14,9 +14,22 @@ from maskedtrain.optim.regions import RegionCounts
 from partial_kernels.masks import Full, Mask
 from partial_kernels.optim.reference import state_dtype
 
-__all__ = ["MaskSource", "MaskedOptimizer"]
+__all__ = ["MaskSource", "MaskedOptimizer", "capturing", "refuse_capture"]
 
 _FULL = Full()
+
+
+def capturing(param: Tensor) -> bool:
+    """Whether what is done with the parameter now goes into a CUDA graph."""
+    return param.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(param: Tensor) -> None:
+    """Raise RuntimeError while a graph is captured: state that it made would be made anew, and
+    with it forgotten, in every replay.
+    """
+    if capturing(param):
+        raise RuntimeError("a step that is captured must have been taken once before")
 
 
 class MaskSource(Protocol):

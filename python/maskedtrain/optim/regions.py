@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from partial_kernels.masks import Difference, Mask
 
-__all__ = ["MAX_NESTED", "RegionCounts"]
+__all__ = ["MAX_NESTED", "DeviceCounts", "RegionCounts"]
 
 MAX_NESTED = 32
 """Most nested masks whose regions are counted apart: each costs an update of its own a step."""
@@ -34,19 +37,31 @@ class RegionCounts:
         self, mask: Mask, shape: Sequence[int]
     ) -> tuple[RegionCounts, list[tuple[Mask, int]]]:
         """The counts after an update with ``mask``, and its regions with the count of each."""
-        counts = self._with(mask, shape)
-        if counts.masks is None:
-            total = counts.updates[0] + 1
-            return replace(counts, updates=(total,)), [(mask, total)]
-        level = next(i for i, known in enumerate(counts.masks) if known is mask)
+        counts = self.knowing(mask, shape)
+        regions = counts.regions_of(mask)
         updates = list(counts.updates)
-        updates[level] += 1
-        # Region j is in M_j and all that hold it.
-        totals = list(accumulate(reversed(updates)))[::-1]
-        regions = zip(counts.regions[: level + 1], totals, strict=False)
-        return replace(counts, updates=tuple(updates)), list(regions)
+        updates[len(regions) - 1] += 1
+        counts = replace(counts, updates=tuple(updates))
+        return counts, list(zip(regions, counts.totals, strict=False))
 
-    def _with(self, mask: Mask, shape: Sequence[int]) -> RegionCounts:
+    @property
+    def totals(self) -> list[int]:
+        """How often each region has been updated: region j is in M_j and all that hold it."""
+        return list(accumulate(reversed(self.updates)))[::-1]
+
+    def with_totals(self, totals: Sequence[int]) -> RegionCounts:
+        """The same regions, updated so often."""
+        updates = (a - b for a, b in zip(totals, [*totals[1:], 0], strict=True))
+        return replace(self, updates=tuple(updates))
+
+    def regions_of(self, mask: Mask) -> list[Mask]:
+        """The regions that make up a mask that these counts know: the first ones."""
+        if self.masks is None:
+            return [mask]
+        level = next(i for i, known in enumerate(self.masks) if known is mask)
+        return list(self.regions[: level + 1])
+
+    def knowing(self, mask: Mask, shape: Sequence[int]) -> RegionCounts:
         """These counts, with ``mask`` (this very object) among the masks."""
         masks = self.masks
         if masks is None or any(known is mask for known in masks):
@@ -88,6 +103,58 @@ class RegionCounts:
         for mask in masks:
             mask.check(shape)
         return _nested(masks, updates)
+
+
+class DeviceCounts:
+    """The counts of several parameters' regions, as one tensor on the parameters' device: a CUDA
+    graph that holds a step goes on counting.
+
+    Args:
+        counts: of each parameter; how often its regions have been updated so far is copied.
+        device: the parameters'.
+    """
+
+    def __init__(self, counts: Mapping[Tensor, RegionCounts], device: torch.device) -> None:
+        self._counts = dict(counts)
+        ends = accumulate(len(count.updates) for count in counts.values())
+        self._first = {
+            param: end - len(count.updates)
+            for (param, count), end in zip(counts.items(), ends, strict=True)
+        }
+        totals = [total for count in counts.values() for total in count.totals]
+        self._totals = torch.tensor(totals, dtype=torch.int64, device=device)
+        self._places: dict[tuple[tuple[int, int], ...], Tensor] = {}
+
+    def has(self, param: Tensor, counts: RegionCounts) -> bool:
+        """Whether these very regions of the parameter are counted here."""
+        known = self._counts.get(param)
+        return known is not None and known.masks is counts.masks
+
+    def places(self, regions: Sequence[tuple[Tensor, int]]) -> Tensor:
+        """Where the first regions of some parameters are counted, so many of each."""
+        key = tuple((id(param), count) for param, count in regions)
+        if key not in self._places:
+            firsts = ((self._first[param], count) for param, count in regions)
+            places = [place for first, count in firsts for place in range(first, first + count)]
+            self._places[key] = torch.tensor(places, device=self._totals.device)
+        return self._places[key]
+
+    def after(self, places: Tensor) -> Tensor:
+        """The counts at these places, one update later."""
+        return self._totals.index_select(0, places) + 1
+
+    def keep(self, places: Tensor, counts: Tensor) -> None:
+        """They are these now."""
+        self._totals.index_copy_(0, places, counts)
+
+    def fetched(self) -> dict[Tensor, RegionCounts]:
+        """The counts as numbers, which waits for the device."""
+        totals: list[int] = self._totals.tolist()
+        found: dict[Tensor, RegionCounts] = {}
+        for param, counts in self._counts.items():
+            first = self._first[param]
+            found[param] = counts.with_totals(totals[first : first + len(counts.updates)])
+        return found
 
 
 def _nested(masks: tuple[Mask, ...], updates: tuple[int, ...]) -> RegionCounts:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 import partial_kernels as pk
-from maskedtrain.optim.base import MaskedOptimizer
+from maskedtrain.optim.base import MaskedOptimizer, refuse_capture
 from partial_kernels.masks import Mask
 from partial_kernels.optim.checks import check_sgd_options
 from partial_kernels.optim.reference import state_dtype
@@ -83,6 +83,7 @@ class MaskedSGD(MaskedOptimizer):
     def _buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
         if not state:
+            refuse_capture(param)
             # -0.0 + d is d bit for bit, as torch.optim starts; 0.0 + d loses the sign of a zero.
             state["momentum_buffer"] = torch.full_like(param, -0.0, dtype=state_dtype(param.dtype))
         return state["momentum_buffer"]
