@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 
 from partial_kernels._core import linear_cases
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import Bars, Contest
 from partial_kernels._core.linear_cases import LinearCase as Case
-from partial_kernels._core.linear_cases import bytes_moved, check, flops, variations
+from partial_kernels._core.linear_cases import bytes_moved, call, check, flops, variations
 from partial_kernels.masks import Full, Index, Mask, Prefix
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 _SELECTIONS: dict[str, Mask] = {
     "prefix-rows": Prefix(rows=5),
@@ -70,6 +83,41 @@ BENCH_CASES = tuple(
 )
 
 
-def contest(case: Case) -> Contest:
-    """Against ``F.linear`` on a small contiguous weight that was gathered before."""
-    return linear_cases.contest(case, bar=1.05 if isinstance(case.mask, Prefix) else 1.08)
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``, and what is promised there."""
+    width = 4096 // scale
+    base = Case("", (8192 // scale,), width, width, Full(), torch.bfloat16, bias=False)
+    bars = {"gather, F.linear": 1.0, "F.linear": 1.03}
+    return [
+        (replace(base, name=f"{kind}-{ratio}", mask=mask), bars)
+        for ratio in (0.5, 0.25, 0.75)
+        for kind, mask in {
+            "index": Index(*[_scattered(int(ratio * width), width)] * 2),
+            "prefix": Prefix(int(ratio * width), int(ratio * width)),
+        }.items()
+    ]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
+    """Against ``F.linear`` on a small contiguous weight that was gathered before; and against all
+    that ours does, by hand: gathered in every step, a gradient of the whole weight's shape.
+    """
+    bar = 1.05 if isinstance(case.mask, Prefix) else 1.08
+    made = linear_cases.contest(case, bar, device=device, impl=impl, seed=seed)
+    arguments, dy = case.make(seed, device), case.dy(seed + 1, device)
+    x, weight = arguments["x"], arguments["weight"]
+    rows, cols = linear_cases.kept_indices(case.mask, weight)
+
+    def gathering() -> object:
+        small = case.mask.restrict(weight)
+        y, dx, dsmall = F.linear(x, small), dy @ small, dy.mT @ x
+        dweight = torch.zeros_like(weight)
+        if isinstance(case.mask, Prefix):
+            case.mask.restrict(dweight).copy_(dsmall)
+        else:
+            dweight[rows[:, None], cols] = dsmall
+        return dx, dweight, y
+
+    return replace(made, baselines={**made.baselines, "gather, F.linear": gathering})

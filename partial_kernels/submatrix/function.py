@@ -15,8 +15,8 @@ Selection = tuple[int, Tensor | None, Tensor | None]
 
 # Elements of a weight up to which torch's own autograd of the formula costs less than an
 # autograd.Function around the ops, although it writes the weight's gradient twice. (Half of 256 x
-# 256 in each direction, 64 tokens, forward and backward: 0.17 against 0.27 ms; 512 x 512: 0.51
-# against 0.44.)
+# 256 in each direction, 64 tokens, forward and backward on a CPU: 0.17 against 0.27 ms; 512 x 512:
+# 0.51 against 0.44. On CUDA so small a layer waits for its launches alone.)
 SMALL = 1 << 16
 
 _linear = linear_function(OPS)
@@ -37,8 +37,8 @@ def submatrix_linear(
     selection = _selection(mask, weight)
     if (
         type(mask) is Prefix
-        and weight.is_cpu
         and weight.numel() <= SMALL
+        and (weight.is_cpu or weight.is_cuda)
         and not torch.compiler.is_compiling()
         and is_auto(impl)
     ):

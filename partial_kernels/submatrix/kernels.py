@@ -119,7 +119,7 @@ def _product(
 _MANY_TOKENS = 1500
 
 
-def _default(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
+def _default(a: Tensor, m: int, n: int, gathers_k: bool, gathers_columns: bool) -> Tile:
     """Big tiles move fewest bytes; if there were few, smaller ones leave fewer processors idle."""
     tiles = ceil_div(m, 128) * ceil_div(n, 128)
     # An index to load before each tile of B takes two of the pipeline's stages.
@@ -130,8 +130,8 @@ def _default(a: Tensor, m: int, n: int, gathers_k: bool) -> Tile:
         return _sized(128, 128, 32, num_warps=8, num_stages=stages)
     if tiles < 66:
         return _sized(64, 64, 64, num_warps=4, num_stages=stages + 1)
-    # Before Hopper the largest would not fit the registers.
-    if tiles < 528 or capability(a) < 90:
+    # Before Hopper, and loading number by number, the largest would not fit the registers.
+    if tiles < 528 or capability(a) < 90 or gathers_columns:
         return _sized(128, 128, 64, num_warps=8, num_stages=stages)
     return _sized(128, 256, 64, num_warps=8, num_stages=stages)
 
@@ -201,9 +201,10 @@ def _multiply(
         if bias is not None:
             c += bias[:n] if picked[1] is None else bias.index_select(0, picked[1])
         return
-    gathers_k = picked[0] is not None
-    sizes = f"{bucket(m, n, k)} {a.dtype}{' gathered' * gathers_k}"
-    tile = tuned("submatrix", sizes, a.device, _default(a, m, n, gathers_k))
+    gathers_k, gathers_n = (index is not None for index in picked)
+    gathers_columns = (gathers_k and b.stride(0) == 1) or (gathers_n and b.stride(1) == 1)
+    sizes = f"{bucket(m, n, k)} {a.dtype}{' gathered' * gathers_k}{' columns' * gathers_columns}"
+    tile = tuned("submatrix", sizes, a.device, _default(a, m, n, gathers_k, gathers_columns))
     grid = (ceil_div(m, tile.sizes["BM"]) * ceil_div(n, tile.sizes["BN"]),)
     strides = *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride()
     bm, bn, bk = (tile.sizes[name] for name in ("BM", "BN", "BK"))
