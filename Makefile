@@ -9,10 +9,11 @@ help:
 	@echo "make env    create .venv and install the pinned packages and this one (editable) into it"
 	@echo "make demo   train a small super-network and its core, print the table"
 	@echo "make test   run the test suite"
-	@echo "make asan   run the compiled kernels' tests under AddressSanitizer and UBSan"
+	@echo "make asan   run the compiled kernels' tests, emulated CUDA too, with sanitizers"
 	@echo "make lint   ruff check, ruff format --check, pyright"
 	@echo "make bench  run the benchmarks, keep their figures in bench/results"
-	@echo "make gpu    run the tests that need a CUDA device"
+	@echo "make gpu    on a CUDA device: build, test and time its kernels, in under ten minutes;"
+	@echo "            RESULTS=folder for its figures, DRY=1 to go through it on the CPU, in small"
 	@echo "make clean  remove what was built; .venv stays"
 
 env: .venv/.installed
@@ -43,14 +44,19 @@ test: env $(EMULATED)
 	TRITON_INTERPRET=1 PARTIAL_KERNELS_EMULATED=$(EMULATED) OMP_NUM_THREADS=1 \
 	    $(PY) -m pytest tests/interpret tests/emulated $(WORKERS)
 
-# A build of its own beside the usual one; Python itself, which is not instrumented, leaks by design.
+# Builds of their own beside the usual ones; Python itself, which is not instrumented, leaks by
+# design.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+    $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2
 asan: env
 	CXXFLAGS="$(SANITIZE) -g1" LDFLAGS="$(SANITIZE)" PARTIAL_KERNELS_BUILD=require \
 	    $(PY) setup.py --quiet build --build-lib build/asan
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	    $(PY) -m pytest tests/native --override-ini=pythonpath=build/asan
+	CXXFLAGS="$(SANITIZE) -g1" LDFLAGS="$(SANITIZE)" \
+	    $(PY) -m tests.emulated.build build/asan/emulated/_C_cuda.so
+	$(SANITIZED) $(PY) -m pytest tests/native --override-ini=pythonpath=build/asan
+	$(SANITIZED) PARTIAL_KERNELS_EMULATED=build/asan/emulated/_C_cuda.so \
+	    $(PY) -m pytest tests/emulated --override-ini=pythonpath=build/asan $(WORKERS)
 
 lint: env
 	$(PY) -m ruff check
@@ -60,10 +66,10 @@ lint: env
 bench: env
 	$(PY) -m pytest bench --benchmark-only --results bench/results
 
-gpu: env
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
-	    f"make gpu: torch {torch.__version__} sees no CUDA device")'
-	$(PY) -m pytest -m gpu
+# For a machine as it is, which may have no network: its own Python, unless there is a .venv.
+RESULTS ?= $(if $(DRY),build/dry-run,bench/results)
+gpu:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m bench.gpu --results $(RESULTS) $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.installed

@@ -16,11 +16,11 @@ from partial_kernels.submatrix.reference import OPS
 SIZE = 4
 
 
-def steps(case: str) -> tuple[Callable[[], object], Callable[[], object]]:
+def steps(case: str, device: str = "cpu") -> tuple[Callable[[], object], Callable[[], object]]:
     """Ours, with half of a weight in each direction, and torch's, with that half alone."""
-    x, small = (torch.randn(SIZE, SIZE, requires_grad=True) for _ in range(2))
-    weight = torch.randn(2 * SIZE, 2 * SIZE, requires_grad=True)
-    dy, mask = torch.ones(SIZE, SIZE), pk.Prefix(SIZE, SIZE)
+    x, small = (torch.randn(SIZE, SIZE, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.randn(2 * SIZE, 2 * SIZE, device=device, requires_grad=True)
+    dy, mask = torch.ones(SIZE, SIZE, device=device), pk.Prefix(SIZE, SIZE)
 
     def masked() -> torch.Tensor:
         return pk.masked_linear(x, weight, mask=mask)

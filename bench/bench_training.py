@@ -5,6 +5,7 @@ core.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import pytest
 import torch
@@ -34,18 +35,33 @@ STEPS = 2
 class Steps:
     """Calling it runs ``STEPS`` training steps on one batch of random images."""
 
-    def __init__(self, model: str, method: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        method: str,
+        *,
+        device: str = "cpu",
+        batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         torch.manual_seed(0)
-        build, side, self.batch_size = MODELS[model]
+        build, side, given = MODELS[model]
+        self.batch_size = batch_size or given
         network = build()
         full, core = SubNetwork.full(network), SubNetwork.width(network, 0.5)
-        optimizer = MaskedSGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.trainer = Trainer(network, METHODS[method](full, core), optimizer, F.cross_entropy)
-        images = torch.randn(self.batch_size, 3, side, side)
-        self.batch = images, torch.randint(10, (self.batch_size,))
+        parameters = network.to(device).parameters()
+        optimizer = MaskedSGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+        planned = METHODS[method](full, core)
+        self.trainer = Trainer(network, planned, optimizer, F.cross_entropy, autocast=autocast)
+        images = torch.randn(self.batch_size, 3, side, side, device=device)
+        self.batch = images, torch.randint(10, (self.batch_size,), device=device)
+
+    @cached_property
+    def flops(self) -> int:
         plans = [self.trainer.method.plan(step) for step in range(STEPS)]
-        self.flops = self.batch_size * sum(
-            item.subnet.flops(images[:1], training=True) for plan in plans for item in plan.passes
+        image = self.batch[0][:1]
+        return self.batch_size * sum(
+            item.subnet.flops(image, training=True) for plan in plans for item in plan.passes
         )
 
     def __call__(self) -> None:

@@ -7,6 +7,8 @@ loss over the vocabulary) weighs more in a small network, so that its epoch take
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -33,20 +35,32 @@ MARGIN = 1.1
 class Steps:
     """Calling it runs ``STEPS`` training steps on one batch of random tokens."""
 
-    def __init__(self, sizes: str, ratio: float | None) -> None:
+    def __init__(
+        self,
+        sizes: str,
+        ratio: float | None,
+        *,
+        methods: Callable[[list[SubNetwork]], Method] = ATS,
+        device: str = "cpu",
+        shape: tuple[int, int] = (SENTENCES, LENGTH),
+        autocast: torch.dtype | None = None,
+    ) -> None:
         torch.manual_seed(0)
         model = Transformer(VOCAB, VOCAB, dropout=0.1, **SIZES[sizes])
         method: Method = Standard(SubNetwork.full(model))
         if ratio is not None:
             core = lowrank(model, model.lowrank_targets, ratio)
-            method = ATS([SubNetwork.full(model), core])
-        optimizer = MaskedAdamW(model.parameters(), lr=1e-4)
-        self.trainer = Trainer(model, method, optimizer, cross_entropy)
-        inputs = tuple(torch.randint(4, VOCAB, (SENTENCES, LENGTH)) for _ in range(2))
-        self.batch = inputs, torch.randint(4, VOCAB, (SENTENCES, LENGTH))
-        plans = [method.plan(step) for step in range(STEPS)]
+            method = methods([SubNetwork.full(model), core])
+        optimizer = MaskedAdamW(model.to(device).parameters(), lr=1e-4)
+        self.trainer = Trainer(model, method, optimizer, cross_entropy, autocast=autocast)
+        *inputs, targets = (torch.randint(4, VOCAB, shape, device=device) for _ in range(3))
+        self.batch = tuple(inputs), targets
+
+    @cached_property
+    def flops(self) -> int:
+        plans = [self.trainer.method.plan(step) for step in range(STEPS)]
         subnets = [item.subnet for plan in plans for item in plan.passes]
-        self.flops = sum(subnet.flops(*inputs, training=True) for subnet in subnets)
+        return sum(subnet.flops(*self.batch[0], training=True) for subnet in subnets)
 
     def __call__(self) -> None:
         for _ in range(STEPS):

@@ -59,7 +59,12 @@ def processor() -> str:
 
 def device() -> str:
     """A name for folders: processor and threads."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {torch.get_num_threads()}".lower()).strip("-")
+    return slug(f"{processor()} {torch.get_num_threads()}")
+
+
+def slug(name: str) -> str:
+    """The name as one of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def description() -> dict[str, Any]:

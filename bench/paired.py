@@ -41,11 +41,10 @@ class Paired:
     load: float
 
 
-def seconds(step: Callable[[], object], synchronize: Callable[[], None] = lambda: None) -> float:
+def seconds(step: Callable[[], object]) -> float:
     """The time of one call."""
     started = time.perf_counter()
     step()
-    synchronize()
     return time.perf_counter() - started
 
 
@@ -65,11 +64,12 @@ def paired(
     *,
     rounds: int = 11,
     warmup: int = 2,
-    synchronize: Callable[[], None] = lambda: None,
+    timed: Callable[[Callable[[], object]], float] = seconds,
 ) -> Paired:
     """Time ``b`` against ``a`` until ``rounds`` undisturbed rounds are had.
 
-    Short steps are repeated within a round, both as often.
+    Short steps are repeated within a round, both as often. ``timed`` is what a step's seconds are
+    taken with: where it returns before its work is done, it needs the device's clock.
 
     Raises:
         Disturbed: after three times as many rounds there are still too few: the machine is too
@@ -79,12 +79,12 @@ def paired(
     for _ in range(warmup):
         a()
         b()
-    shorter = min(seconds(step, synchronize) for step in (a, b))
+    shorter = min(timed(step) for step in (a, b))
     repeats = math.ceil(SHORTEST / max(shorter, 1e-6))
     kept: list[tuple[float, float, float]] = []
     rejected = 0
     while len(kept) < rounds:
-        first, other, second = (seconds(repeated(step, repeats), synchronize) for step in (a, b, a))
+        first, other, second = (timed(repeated(step, repeats)) for step in (a, b, a))
         if abs(second / first - 1) <= CONTROL:
             kept.append((first, other, second))
         elif (rejected := rejected + 1) > 2 * rounds:

@@ -28,7 +28,7 @@ def table(rows: Rows) -> Iterator[str]:
     cells = [["case", *columns]]
     cells += [[case, *(_show(figures.get(c)) for c in columns)] for case, figures in rows.items()]
     # A sentence instead of a figure may stick out.
-    widths = [max(len(c) for c in column if len(c) < 40) for column in zip(*cells, strict=True)]
+    widths = [max(len(c) for c in column if len(c) < 60) for column in zip(*cells, strict=True)]
     for case, *figures in cells:
         shown = (cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True))
         yield "  ".join([case.ljust(widths[0]), *shown])
@@ -58,14 +58,20 @@ def write(path: Path, rows: Rows) -> None:
 
     Cases that are there and were not run again stay, if they were timed with the same software.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     described, kept = machine.description(), {}
     if path.exists():
         old = json.loads(path.read_text())
         if all(old["machine"].get(key) == described[key] for key in described.keys() - _MEASURED):
             kept = old["cases"]
-    contents = {"machine": described, "cases": {**kept, **rows}}
-    path.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
+    save(path, {"machine": described, "cases": {**kept, **rows}})
+
+
+def save(path: Path, contents: Mapping[str, Any]) -> None:
+    """Put the file in the place of an older one, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
 
 
 def slower(old: Rows, new: Rows) -> dict[str, tuple[float, float]]:

@@ -16,7 +16,15 @@ import torch
 
 from partial_kernels._native import OutdatedLibrary, cuda_status, native_status
 
-__all__ = ["INTERPRETED", "backends", "cases", "families", "load", "unavailable"]
+__all__ = [
+    "INTERPRETED",
+    "backends",
+    "cases",
+    "families",
+    "gpu_backend",
+    "load",
+    "unavailable",
+]
 
 PACKAGE = __name__.split(".", 1)[0]
 # Triton reads it, too, once: kernels run in its interpreter, on the CPU.
@@ -54,6 +62,11 @@ def _missing() -> dict[str, str]:
 def backends(family: str) -> list[str]:
     """Backends that the family has beside the reference, whether they can be loaded here or not."""
     return [name for name, file in _FILES.items() if (_ROOT / family / f"{file}.py").exists()]
+
+
+def gpu_backend(family: str) -> str | None:
+    """The one that the family has for a GPU."""
+    return next((name for name in ("triton", "cuda") if name in backends(family)), None)
 
 
 def load(family: str) -> ModuleType:

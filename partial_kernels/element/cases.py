@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from partial_kernels._core.linear_cases import LinearCase as Case
-from partial_kernels._core.linear_cases import bytes_moved, check, contest, flops, variations
+from partial_kernels._core.linear_cases import (
+    bytes_moved,
+    call,
+    check,
+    contest,
+    flops,
+    variations,
+)
 from partial_kernels.masks import Element, Packed
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "call", "check", "contest", "flops"]
 
 
 def _random_mask(outputs: int, inputs: int, density: float) -> Tensor:

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import FLOOR, Bars, Contest
 from partial_kernels._core.region_cases import arranged, masks
-from partial_kernels._core.testing import assert_within_budget, poisoned
+from partial_kernels._core.testing import Call, assert_within_budget, normal, poisoned
 from partial_kernels.masks import Block, Element, Full, Index, Mask, Packed, Prefix
 from partial_kernels.optim.function import masked_adamw_, masked_sgd_
 from partial_kernels.optim.reference import state_dtype
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,10 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
 
         def tensors(dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
-            values = torch.randn(self.tensors, *shape, generator=generator, dtype=torch.float64)
+            values = normal((self.tensors, *shape), generator, device)
             one = len(shape) == 1 and self.layout == "channels_last"
             layout = "sliced" if one else self.layout
-            return [arranged(value.to(device, dtype), layout) for value in values]
+            return [arranged(value.to(dtype), layout) for value in values]
 
         shape = (self.mask.numel(self.shape),) if self.packed else self.shape
         lists: dict[str, Any] = {
@@ -119,6 +129,26 @@ def torch_optim(
     return results
 
 
+def call(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """Steps with the learning rate and the counts of updates on the device."""
+    made = case.make(seed, device)
+    made["lr"] = torch.tensor(made["lr"], dtype=torch.float64, device=device)
+    inputs = [made["lr"], *(t for name in ("grads", "params", *case.states) for t in made[name])]
+    if "steps" in made:
+        made["steps"] = torch.tensor(made["steps"], device=device)
+        inputs.append(made["steps"])
+
+    def run() -> list[Tensor]:
+        if "steps" in made:
+            made["steps"] += 1
+        case.run({**made, "impl": impl})
+        return [tensor for name in ("params", *case.states) for tensor in made[name]]
+
+    return Call(inputs, run)
+
+
 def check(
     case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
 ) -> None:
@@ -163,15 +193,41 @@ def bytes_moved(case: Case) -> int:
     return (case.dtype.itemsize + read_write) * case.tensors * case.mask.numel(case.shape)
 
 
-def contest(case: Case) -> Contest:
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``, and what is promised there: of the
+    bandwidth where numbers lie side by side, of torch's time where all are updated.
+    """
+    bandwidth = {FLOOR: 1 / 0.85}
+    promised: dict[str, Bars] = {
+        "adamw-full": {"fused AdamW": 1.0, **bandwidth},
+        "adamw-prefix-half": bandwidth,
+        "adamw-index-half": {},
+        "adamw-packed-0.5%": {},
+        "adamw-element-5%": {},
+        "adamw-block-quarter": {},
+        "sgd-full": {},
+    }
+    # Blocks are of 32.
+    made = _bench_cases(max(1024 // scale, 64), max(160 // scale, 1))
+    cases = {case.name: case for case in made}
+    return [(cases[name], bars) for name, bars in promised.items()]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """A step inside the mask against one of everything, ours or torch's fused one."""
-    arguments = case.make()
-    everything = replace(case, mask=Full(), packed=False).make()
+    arguments = {**case.make(seed, device), "impl": impl}
+    everything = replace(case, mask=Full(), packed=False).make(seed, device)
     params = everything["params"]
     for param, grad in zip(params, everything["grads"], strict=True):
         param.grad = grad
     rule = torch.optim.AdamW if case.rule == "adamw" else torch.optim.SGD
-    optimizer = rule(params, **case.options, fused=True)
+    options: dict[str, Any] = {**case.options, "fused": True}
+    if case.rule == "adamw" and torch.device(device).type == "cuda":
+        # Its counts of steps are on the device then, as a CUDA graph needs them.
+        options["capturable"] = True
+    optimizer = rule(params, **options)
 
     def step(arguments: dict[str, Any]) -> Callable[[], object]:
         def run() -> object:
@@ -265,11 +321,16 @@ def _packed(inside: Tensor) -> Packed:
     return Packed(inside.flatten().nonzero().flatten())
 
 
-BENCH_CASES = tuple(
-    Case(f"{rule}-{name}", rule, (1024, 1024), mask, tensors=40, packed=isinstance(mask, Packed))
-    for rule in ("sgd", "adamw")
-    for name, mask in _bench_masks(1024).items()
-)
+def _bench_cases(width: int, tensors: int) -> tuple[Case, ...]:
+    return tuple(
+        Case(f"{rule}-{name}", rule, (width, width), mask, tensors=tensors, packed=packed)
+        for rule in ("sgd", "adamw")
+        for name, mask in _bench_masks(width).items()
+        for packed in [isinstance(mask, Packed)]
+    )
+
+
+BENCH_CASES = _bench_cases(1024, 40)
 
 # AdamW's time as a share of that of a step of everything. Bytes are not all: the parts of rows,
 # single lines and single elements move more slowly than what is read in order.

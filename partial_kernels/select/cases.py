@@ -10,11 +10,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import Bars, Contest
 from partial_kernels._core.linear_cases import X_LAYOUTS, random_tensors
+from partial_kernels._core.testing import Call
 from partial_kernels.select.function import Per, topk_select
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 # T rows, N columns
 
@@ -55,10 +66,10 @@ class Case:
 
     def make(self, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Keyword arguments for ``topk_select``; the same numbers on every device."""
-        random = random_tensors(torch.float32, "cpu", seed)
+        random = random_tensors(torch.float32, device, seed)
 
         def numbers(*shape: int) -> Tensor:
-            return NUMBERS[self.numbers](random(*shape)).to(device, self.dtype)
+            return NUMBERS[self.numbers](random(*shape)).to(self.dtype)
 
         return {"x": X_LAYOUTS[self.layout](numbers, self.shape), "k": self.k, "per": self.per}
 
@@ -79,6 +90,14 @@ def exact(x: Tensor, k: int, per: Per) -> Tensor:
     found = torch.tensor([largest(row) for row in listed], dtype=torch.int64)
     shape = (k,) if per == "batch" else (*x.shape[:-1], k)
     return found.reshape(shape)
+
+
+def call(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """``topk_select``."""
+    arguments = case.make(seed, device)
+    return Call([arguments["x"]], lambda: [topk_select(**arguments, impl=impl)])
 
 
 def check(
@@ -103,13 +122,27 @@ def bytes_moved(case: Case) -> int:
     return case.dtype.itemsize * math.prod(case.shape) + 8 * found
 
 
-def contest(case: Case) -> Contest:
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``."""
+    names = "row-5%", "row-0.5%", "row-bf16", "batch-5%"
+    chosen = [case for case in BENCH_CASES if case.name in names]
+    meprop = Case("batch-meprop", (1024, 8192), 64, "batch", dtype=torch.bfloat16)
+    smaller = (
+        replace(case, shape=tuple(n // scale for n in case.shape), k=max(case.k // scale, 1))
+        for case in (meprop, *chosen)
+    )
+    return [(case, {}) for case in smaller]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """Against torch's own selection, which sorts what it finds."""
-    arguments = case.make()
+    arguments = case.make(seed, device)
     x = arguments["x"]
 
     def ours() -> object:
-        return [topk_select(**arguments)]
+        return [topk_select(**arguments, impl=impl)]
 
     def baseline() -> object:
         size = x.abs().sum(0) if case.per == "batch" else x.abs()

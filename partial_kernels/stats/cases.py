@@ -9,16 +9,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest
+from partial_kernels._core.contest import Bars, Contest
 from partial_kernels._core.region_cases import arranged, masks
-from partial_kernels._core.testing import poisoned
+from partial_kernels._core.testing import Call, normal, poisoned
 from partial_kernels.masks import Element, Full, Mask, Prefix
 from partial_kernels.stats.function import MaskedStats, masked_stats
 
 # Without a complete type.
 _foreach_norm: Any = cast("Any", torch)._foreach_norm
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 
 @dataclass(frozen=True)
@@ -55,11 +65,9 @@ class Case:
         scale = 2.0 ** min(16, -1 - round(math.log2(torch.finfo(self.dtype).eps)))
 
         def tensors() -> list[Tensor]:
-            values = torch.randn(
-                self.tensors, *self.shape, generator=generator, dtype=torch.float64
-            )
+            values = normal((self.tensors, *self.shape), generator, device)
             values = (values.clamp(-3.9, 3.9) * scale).round() / scale
-            return [arranged(value.to(device, self.dtype), self.layout) for value in values]
+            return [arranged(value.to(self.dtype), self.layout) for value in values]
 
         return {
             "grads": tensors(),
@@ -76,6 +84,15 @@ def dense_stats(case: Case, arguments: dict[str, Any]) -> MaskedStats:
     inside = case.inside(device).reshape(-1)
     pg, ph = torch.where(inside, g, 0), torch.where(inside, h, 0)
     return MaskedStats(*(product.sum(1) for product in (pg * pg, ph * ph, pg * ph, g * g)))
+
+
+def call(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """``masked_stats``."""
+    arguments = case.make(seed, device)
+    inputs = [*arguments["grads"], *arguments["other_grads"]]
+    return Call(inputs, lambda: list(masked_stats(**arguments, impl=impl)))
 
 
 def check(
@@ -112,16 +129,23 @@ def bytes_moved(case: Case) -> int:
     return case.dtype.itemsize * case.tensors * (math.prod(case.shape) + case.kept)
 
 
-def contest(case: Case) -> Contest:
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``."""
+    return [(case, {}) for case in _bench_cases(1024 // scale)]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """All four sums against the norms of both lists alone.
 
     A mask by element is a third list to read, and its bar another.
     """
-    arguments = case.make()
+    arguments = case.make(seed, device)
     lists = [*arguments["grads"], *arguments["other_grads"]]
 
     def ours() -> object:
-        return masked_stats(**arguments)
+        return masked_stats(**arguments, impl=impl)
 
     def baseline() -> object:
         return torch.stack(_foreach_norm(lists)).view(2, -1).unbind()
@@ -170,6 +194,9 @@ def _bench_masks(width: int) -> dict[str, Mask]:
     }
 
 
-BENCH_CASES = tuple(
-    Case(name, (1024, 1024), mask, tensors=40) for name, mask in _bench_masks(1024).items()
-)
+def _bench_cases(width: int) -> tuple[Case, ...]:
+    masks = _bench_masks(width).items()
+    return tuple(Case(name, (width, width), mask, tensors=40) for name, mask in masks)
+
+
+BENCH_CASES = _bench_cases(1024)

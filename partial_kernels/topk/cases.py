@@ -10,20 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.contest import Contest, backward
+from partial_kernels._core.contest import Bars, Contest, backward
 from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
+    call_with_gradients,
     doubled,
     random_tensors,
     results,
 )
-from partial_kernels._core.testing import assert_within_budget, assert_zero_outside, poisoned
+from partial_kernels._core.testing import (
+    Call,
+    assert_within_budget,
+    assert_zero_outside,
+    poisoned,
+)
 from partial_kernels.select.cases import exact as selected
 from partial_kernels.select.function import Per
 from partial_kernels.topk.function import BiasGrad, WeightGrad, topk_linear
 
-__all__ = ["BENCH_CASES", "CASES", "Case", "bytes_moved", "check", "contest", "flops"]
+__all__ = [
+    "BENCH_CASES",
+    "CASES",
+    "Case",
+    "bytes_moved",
+    "call",
+    "check",
+    "contest",
+    "flops",
+    "gpu_cases",
+]
 
 # T tokens, O outputs, I inputs
 
@@ -147,11 +163,45 @@ def bytes_moved(case: Case) -> dict[str, int]:
     }
 
 
-def contest(case: Case) -> Contest:
+# By k, how many times as fast as the dense backward one by batch must be: as in the paper from 64
+# on.
+_BY_BATCH = {64: 21.4, 512: 4.4, 128: 14.5, 256: 8.0, 8: 20.0, 32: 20.0, 16: 20.0}
+
+
+def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
+    """What is timed on a GPU, sizes divided by ``scale``, and what is promised there; more elements
+    a row show where the dense backward becomes faster.
+    """
+    width = 8192 // scale
+
+    def case(per: Per, weight_grad: WeightGrad, k: int) -> Case:
+        few = min(k, width // 2)
+        return Case(
+            f"{per}-k{k}",
+            (1024 // scale,),
+            width,
+            width,
+            few,
+            per,
+            weight_grad,
+            dtype=torch.bfloat16,
+            bias=False,
+        )
+
+    by_batch = [(case("batch", "rows", k), {"F.linear": 1 / x}) for k, x in _BY_BATCH.items()]
+    by_row = [
+        (case("row", "full", k), {"F.linear": 1.0} if k <= 16 else {}) for k in (16, 4, 8, 32, 64)
+    ]
+    return [*by_batch, *by_row]
+
+
+def contest(
+    case: Case, *, device: torch.device | str = "cpu", impl: str = "auto", seed: int = 0
+) -> Contest:
     """The backward against a dense layer's."""
-    arguments = case.make(requires_grad=True)
+    arguments = case.make(seed, device, requires_grad=True)
     x, weight = arguments["x"], arguments["weight"]
-    dy, y = case.dy(), topk_linear(**arguments)
+    dy, y = case.dy(seed + 1, device), topk_linear(**arguments, impl=impl)
     plain = F.linear(x, weight, arguments.get("bias"))
 
     def ours() -> object:
@@ -171,6 +221,14 @@ def kept_mask(case: Case, dy: Tensor) -> Tensor:
     index = selected(dy, min(case.k, case.outputs), case.per)
     mask = torch.zeros(dy.shape, dtype=torch.bool)
     return mask.scatter(-1, index.expand(*dy.shape[:-1], index.shape[-1]), True).to(dy.device)
+
+
+def call(
+    case: Case, *, impl: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Call:
+    """``topk_linear`` and its gradients."""
+    arguments = case.make(seed, device)
+    return call_with_gradients(topk_linear, arguments, case.dy(seed + 1, device), impl)
 
 
 def check(

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 FLAGS = split(
     "-std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas "
-    "-DPK_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
+    "-Wno-clobbered -DPK_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
 )
 
 

@@ -36,7 +36,8 @@ extern char __stop_pk_shared[] __attribute__((weak));
 
 namespace emulated {
 
-constexpr size_t stack_size = 1 << 16;
+// A kernel's arguments alone may take 32 kB.
+constexpr size_t stack_size = 1 << 18;
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
