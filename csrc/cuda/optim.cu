@@ -174,10 +174,6 @@ struct Dtypes {
   bool operator==(const Dtypes&) const = default;
 };
 
-Dtypes dtypes_of(const Arguments& arguments, size_t i) {
-  return {arguments.params[i].scalar_type(), arguments.grads[i].scalar_type()};
-}
-
 // What the rules are made from. On the device are, perhaps: the learning rate, as fp64, and the
 // counts of updates, as int64.
 template <class Options>
@@ -222,20 +218,53 @@ Rules<Rule> rules_of(const Settings<typename Rule::Options>& settings, const Ten
   return rules;
 }
 
-// The tensors that a region is made of.
-std::array<const Tensor*, streams - 1> tensors_of(const Arguments& arguments, size_t i) {
-  std::array<const Tensor*, streams - 1> tensors{&arguments.params[i], &arguments.grads[i]};
-  for (size_t k = 0; k < 2; ++k)
-    if (arguments.states[k]) tensors[2 + k] = &(*arguments.states[k])[i];
-  return tensors;
+// The elements to update in one tensor.
+struct Update {
+  Region<streams> region;
+  Dtypes dtypes;
+  // The number of the parameter.
+  size_t number;
+};
+
+// All that there is to update, if the arguments fit.
+std::vector<Update> updates_of(const Arguments& arguments) {
+  const size_t count = arguments.params.size();
+  bool equal = arguments.grads.size() == count && arguments.rows.size() == count &&
+               arguments.cols.size() == count && arguments.elements.size() == count;
+  for (const Tensors* states : arguments.states)
+    equal = equal && (!states || states->size() == count);
+  STD_TORCH_CHECK(equal, "lists must have one entry per parameter");
+  std::vector<Update> updates;
+  for (size_t i = 0; i < count; ++i) {
+    const Dtypes dtypes{arguments.params[i].scalar_type(), arguments.grads[i].scalar_type()};
+    const ScalarType state =
+        dtypes.param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(dtypes.param == state || dtypes.param == ScalarType::BFloat16 ||
+                        dtypes.param == ScalarType::Half,
+                    "parameters must be fp32, fp64, bf16 or fp16");
+    STD_TORCH_CHECK(dtypes.grad == dtypes.param || dtypes.grad == state,
+                    "gradients must be in the parameters' or the states' dtype");
+    std::array<const Tensor*, streams - 1> tensors{&arguments.params[i], &arguments.grads[i]};
+    for (size_t k = 0; k < 2; ++k) {
+      if (!arguments.states[k]) continue;
+      tensors[2 + k] = &(*arguments.states[k])[i];
+      STD_TORCH_CHECK(tensors[2 + k]->scalar_type() == state,
+                      "states must be fp32, fp64 for fp64 parameters");
+    }
+    bool any = false;
+    const auto region = region_of<streams>(tensors, arguments.rows[i], arguments.cols[i],
+                                           arguments.elements[i], any);
+    if (any) updates.push_back({region, dtypes, i});
+  }
+  return updates;
 }
 
-// Launches the regions of parameters and gradients of these types.
+// Launches the updates of parameters and gradients of these types.
 template <class P, class G, class Rule>
-void step_of(const Arguments& arguments, const Settings<typename Rule::Options>& settings,
-             const Dtypes& dtypes) {
-  const Queue queue(arguments.params[0]);
-  const auto rules = rules_of<Rule>(settings, arguments.params, queue);
+void step_of(const std::vector<Update>& updates, const Tensors& params,
+             const Settings<typename Rule::Options>& settings, const Dtypes& dtypes) {
+  const Queue queue(params[0]);
+  const auto rules = rules_of<Rule>(settings, params, queue);
   Regions<Rule> batch;
   batch.clear();
   const auto launch = [&] {
@@ -243,67 +272,37 @@ void step_of(const Arguments& arguments, const Settings<typename Rule::Options>&
       queue.run(&step_regions<P, G, Rule>, dim3(batch.blocks), region_threads, batch);
     batch.clear();
   };
-  for (size_t i = 0; i < arguments.params.size(); ++i) {
-    if (dtypes_of(arguments, i) != dtypes) continue;
-    bool any = false;
-    const auto region = region_of<streams>(tensors_of(arguments, i), arguments.rows[i],
-                                           arguments.cols[i], arguments.elements[i], any);
-    if (any) batch.add(region, rules.of_region[i]);
+  for (const Update& update : updates) {
+    if (update.dtypes == dtypes) batch.add(update.region, rules.of_region[update.number]);
     if (batch.full()) launch();
   }
   launch();
 }
 
-void check(const Arguments& arguments) {
-  const size_t count = arguments.params.size();
-  bool equal = arguments.grads.size() == count && arguments.rows.size() == count &&
-               arguments.cols.size() == count && arguments.elements.size() == count;
-  for (const Tensors* states : arguments.states)
-    equal = equal && (!states || states->size() == count);
-  STD_TORCH_CHECK(equal, "lists must have one entry per parameter");
-  for (size_t i = 0; i < count; ++i) {
-    const ScalarType param = arguments.params[i].scalar_type();
-    const ScalarType state = param == ScalarType::Double ? param : ScalarType::Float;
-    const ScalarType grad = arguments.grads[i].scalar_type();
-    STD_TORCH_CHECK(grad == param || grad == state,
-                    "gradients must be in the parameters' or the states' dtype");
-    for (const Tensors* states : arguments.states)
-      STD_TORCH_CHECK(!states || (*states)[i].scalar_type() == state,
-                      "states must be fp32, fp64 for fp64 parameters");
-    bool any = false;
-    region_of<streams>(tensors_of(arguments, i), arguments.rows[i], arguments.cols[i],
-                       arguments.elements[i], any);
-  }
-}
-
 // Calls step_of for each pair of types that occurs.
 template <template <class> class Rule>
 void step(const Arguments& arguments, const Settings<typename Rule<float>::Options>& settings) {
-  check(arguments);
+  const auto updates = updates_of(arguments);
   std::vector<Dtypes> found;
-  for (size_t i = 0; i < arguments.params.size(); ++i)
-    if (std::ranges::find(found, dtypes_of(arguments, i)) == found.end())
-      found.push_back(dtypes_of(arguments, i));
+  for (const Update& update : updates)
+    if (std::ranges::find(found, update.dtypes) == found.end()) found.push_back(update.dtypes);
   for (const Dtypes& dtypes : found) {
+    const auto run = [&]<class P, class G>(P, G) {
+      step_of<P, G, Rule<Arithmetic<P>>>(updates, arguments.params, settings, dtypes);
+    };
     const bool mixed = dtypes.param != dtypes.grad;
     switch (dtypes.param) {
       case ScalarType::Float:
-        step_of<float, float, Rule<float>>(arguments, settings, dtypes);
+        run(float(), float());
         break;
       case ScalarType::Double:
-        step_of<double, double, Rule<double>>(arguments, settings, dtypes);
+        run(double(), double());
         break;
       case ScalarType::BFloat16:
-        if (mixed)
-          step_of<Bf16, float, Rule<float>>(arguments, settings, dtypes);
-        else
-          step_of<Bf16, Bf16, Rule<float>>(arguments, settings, dtypes);
+        mixed ? run(Bf16(), float()) : run(Bf16(), Bf16());
         break;
       default:
-        if (mixed)
-          step_of<Fp16, float, Rule<float>>(arguments, settings, dtypes);
-        else
-          step_of<Fp16, Fp16, Rule<float>>(arguments, settings, dtypes);
+        mixed ? run(Fp16(), float()) : run(Fp16(), Fp16());
     }
   }
 }

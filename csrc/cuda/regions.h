@@ -152,7 +152,11 @@ __device__ __forceinline__ Item<streams> item_of(const Region<streams>& region, 
     found.kept |= 1u << i;
     found.place[i] = place(region, last, found.first + i);
   }
-  if (leave_out && region.base[mask]) {
+  if (leave_out && region.base[mask] && region.adjoins && whole) {
+    // Four bytes, each 0 or 1.
+    const auto bytes = *found.template at<const uint32_t>(mask, 0);
+    found.kept = (bytes | bytes >> 7 | bytes >> 14 | bytes >> 21) & 15;
+  } else if (leave_out && region.base[mask]) {
     const unsigned there = found.kept;
     found.kept = 0;
 #pragma unroll

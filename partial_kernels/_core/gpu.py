@@ -24,6 +24,7 @@ __all__ = [
     "precision",
     "recorded",
     "refuses",
+    "roomy",
 ]
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -62,6 +63,13 @@ def capability(tensor: Tensor) -> int:
         return record[1]
     major, minor = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def roomy(tensor: Tensor) -> bool:
+    """Whether a block of threads may have 227 KB of shared memory, and tensor cores read from there:
+    on Hopper and on data-center Blackwell.
+    """
+    return capability(tensor) in (90, 100, 103)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile, **constants: Any) -> None:

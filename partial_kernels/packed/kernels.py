@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from partial_kernels._core.derived import derived
-from partial_kernels._core.gpu import capability, ceil_div, launch, precision, refuses
+from partial_kernels._core.gpu import ceil_div, launch, precision, refuses, roomy
 from partial_kernels._core.tiles import Tile, bucket, tuned
 from partial_kernels.packed.reference import DVALUES, DX, FORWARD
 
@@ -144,8 +144,8 @@ def _default(x: Tensor, outputs: int, inputs: int) -> Tile:
     tiles = ceil_div(outputs, 128) * ceil_div(inputs, 128)
     if tiles < 66:
         return _sized(64, 64, 64, num_warps=4, num_stages=4)
-    # Before Hopper the largest would not leave registers to look up positions.
-    if tiles < 528 or capability(x) < 90:
+    # Elsewhere the largest would not leave registers to look up positions.
+    if tiles < 528 or not roomy(x):
         return _sized(128, 128, 64, num_warps=8, num_stages=3)
     return _sized(128, 256, 64, num_warps=8, num_stages=3)
 

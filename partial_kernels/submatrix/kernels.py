@@ -28,7 +28,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from partial_kernels._core.gpu import capability, ceil_div, launch, precision, refuses
+from partial_kernels._core.gpu import (
+    capability,
+    ceil_div,
+    launch,
+    precision,
+    refuses,
+    roomy,
+)
 from partial_kernels._core.tiles import Tile, bucket, tuned
 from partial_kernels.submatrix.reference import OPS
 
@@ -130,8 +137,8 @@ def _default(a: Tensor, m: int, n: int, gathers_k: bool, gathers_columns: bool) 
         return _sized(128, 128, 32, num_warps=8, num_stages=stages)
     if tiles < 66:
         return _sized(64, 64, 64, num_warps=4, num_stages=stages + 1)
-    # Before Hopper, and loading number by number, the largest would not fit the registers.
-    if tiles < 528 or capability(a) < 90 or gathers_columns:
+    # Elsewhere, and loading number by number, the largest would not fit the registers.
+    if tiles < 528 or gathers_columns or not roomy(a):
         return _sized(128, 128, 64, num_warps=8, num_stages=stages)
     return _sized(128, 256, 64, num_warps=8, num_stages=stages)
 
