@@ -21,6 +21,8 @@ from partial_kernels import __version__
 ROOT = Path(__file__).parents[2]
 LIBRARY = f"partial_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 FAILURE = "partial_kernels/_C_failure.txt"
+CUDA_LIBRARY = LIBRARY.replace("_C", "_C_cuda")
+CUDA_FAILURE = "partial_kernels/_C_cuda_failure.txt"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))[0]
 
 needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"{COMPILER} not found")
@@ -167,6 +169,44 @@ def test_pure_wheel_says_why(
     found = status(wheel)
     assert not found["available"]
     assert reason in found["reason"]
+
+
+def test_cuda_library_is_built_where_torch_has_cuda_and_nvcc_is(
+    project: Path, tmp_path: Path
+) -> None:
+    # What setup.py sees of a torch with CUDA, and a compiler that says what it was asked for.
+    torch = Path(sysconfig.get_path("platlib"), "torch")
+    site, asked, nvcc = tmp_path / "torch", tmp_path / "asked", tmp_path / "nvcc"
+    site.mkdir()
+    (site / "__init__.py").touch()
+    (site / "include").symlink_to(torch / "include")
+    nvcc.write_text(
+        f'#!/bin/sh\necho "$@" >> {asked}\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n'
+    )
+    nvcc.chmod(0o755)
+
+    def built(cuda: str, nvcc: Path) -> str:
+        (site / "version.py").write_text(f"cuda: Optional[str] = {cuda}\n")
+        env = {"PYTHONPATH": str(tmp_path), "NVCC": str(nvcc), "CXX": "/bin/false"}
+        done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=project, **env)
+        assert done.returncode == 0, done.stderr
+        library, failure = project / CUDA_LIBRARY, project / CUDA_FAILURE
+        assert library.exists() != failure.exists()
+        return "" if library.exists() else failure.read_text().strip()
+
+    assert built("None", nvcc) == "torch is built without CUDA"
+    assert built("'13.0'", tmp_path / "none") == f"there is no {tmp_path / 'none'} on the PATH"
+    assert built("'13.0'", Path("/bin/false")).startswith("compiling failed:")
+    assert not asked.exists()
+    assert built("'13.0'", nvcc) == ""
+    *compiled, linked = asked.read_text().splitlines()
+    assert {command.split("-c ")[1].split()[0] for command in compiled} == {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")
+    }
+    for code in ("compute_80,code=sm_80", "compute_90,code=sm_90", "compute_100,code=compute_100"):
+        assert all(f"-gencode=arch={code}" in command for command in compiled)
+    assert "-ltorch_cuda" in linked
+    (project / CUDA_LIBRARY).unlink()
 
 
 def test_required_library_fails_the_build(project: Path, tmp_path: Path) -> None:
