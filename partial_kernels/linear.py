@@ -42,8 +42,9 @@ def masked_linear(
     ``torch.nn.functional.linear``.
 
     Gradients: ``weight.grad`` and ``bias.grad`` have the full shape and are exactly 0 off the mask;
-    x's gradient has x's shape. Differentiable twice. Accumulation is that of the matrix product
-    used (fp32 for half precision); results are deterministic for one backend and thread count.
+    x's gradient has x's shape. Differentiable twice; for ``torch.func`` (per-sample gradients, say)
+    plain formulas take the ops' place. Accumulation is that of the matrix product used (fp32 for
+    half precision); results are deterministic for one backend and thread count.
 
     Args:
         x: ``[..., I]``, or ``[..., C]`` with a compact mask.

@@ -66,8 +66,8 @@ def capability(tensor: Tensor) -> int:
 
 
 def roomy(tensor: Tensor) -> bool:
-    """Whether a block of threads may have 227 KB of shared memory, and tensor cores read from there:
-    on Hopper and on data-center Blackwell.
+    """Whether a block of threads may have 227 KB of shared memory, from where tensor cores read: on
+    Hopper and on data-center Blackwell.
     """
     return capability(tensor) in (90, 100, 103)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.ops import Op
+from partial_kernels._core.ops import FUNC, Op, plain_call, transformed
 
 __all__ = ["LinearOps", "linear_function", "linear_ops", "zeroed_linear_ops"]
 
@@ -19,11 +19,14 @@ __all__ = ["LinearOps", "linear_function", "linear_ops", "zeroed_linear_ops"]
 
 @dataclass(frozen=True)
 class LinearOps:
-    """The ops of one family and, for a second derivative, the formulas they were made from."""
+    """The ops of one family and the formulas they were made from, for a second derivative and for
+    ``torch.func``.
+    """
 
     forward: Op
     dx: Op
     dweight: Op
+    forward_formula: Callable[..., Tensor]
     dx_formula: Callable[..., Tensor]
     dweight_formula: Callable[..., Tensor]
     dbias_formula: Callable[..., Tensor]
@@ -71,6 +74,7 @@ def linear_ops(
         forward=op("forward", x_weight_bias, forward_fake, product_flops),
         dx=op("dx", "Tensor dy, Tensor weight, SymInt width", dx_fake, product_flops),
         dweight=op("dweight", "Tensor dy, Tensor x, Tensor weight", dweight_fake, dweight_flops),
+        forward_formula=forward,
         dx_formula=dx,
         dweight_formula=dweight,
         dbias_formula=dbias,
@@ -117,7 +121,15 @@ def linear_function(ops: LinearOps) -> Callable[..., Tensor]:
                 dbias = ops.dbias_formula(dy_TO, bias, *ctx.mask)
             return dx, dweight, dbias, None, *[None] * len(ctx.mask)
 
-    return cast("Any", Linear).apply
+    apply: Any = cast("Any", Linear).apply
+
+    def linear(x_TI: Tensor, weight: Tensor, bias: Tensor | None, impl: str, *mask: Any) -> Tensor:
+        if transformed():
+            plain_call("masked_linear", impl, FUNC)
+            return ops.forward_formula(x_TI, weight, bias, *mask)
+        return apply(x_TI, weight, bias, impl, *mask)
+
+    return linear
 
 
 def zeroed_linear_ops(family: str, mask_schema: str, masked: Callable[..., Tensor]) -> LinearOps:

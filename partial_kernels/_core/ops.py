@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import flop_counter
 
-__all__ = ["Choice", "Explained", "Op", "asks", "explaining", "is_auto", "plain_call"]
+__all__ = [
+    "FUNC",
+    "Choice",
+    "Explained",
+    "Op",
+    "asks",
+    "explaining",
+    "is_auto",
+    "plain_call",
+    "transformed",
+]
 
 # Parts of torch without complete types.
 _torch: Any = torch
@@ -34,6 +44,8 @@ IMPL_VARIABLE = "PARTIAL_KERNELS_IMPL"
 _PLAIN = {Tensor, Parameter, torch.dtype, int, float, bool, str, type(None)}
 
 Why = Callable[..., str | None]
+
+FUNC = "torch.func transforms plain PyTorch alone"
 
 
 def _nothing(*_: Any) -> None:
@@ -234,6 +246,13 @@ def asks(impl: str) -> bool:
     """Whether somebody wants to know now which backend a backward will use."""
     # Dynamo does not trace context variables; nothing is explained where it traces.
     return not torch.compiler.is_compiling() and (impl != "auto" or _explaining.get())
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` transforms what is computed now: it takes formulas, no
+    autograd.Function that saves tensors for itself.
+    """
+    return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
 
 
 def is_auto(impl: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from partial_kernels._core.checks import check_tensors, compute_dtype, no_autocast
-from partial_kernels._core.ops import plain_call
+from partial_kernels._core.ops import FUNC, plain_call, transformed
 from partial_kernels.lfc.reference import CORE, MERGE, factor_costs, factor_gradients
 
 __all__ = ["Form", "MergeCache", "lfc_linear"]
@@ -228,6 +228,9 @@ def lfc_linear(
     _check(x, weight, u, v, bias, form)
     if weight is None:
         return _core_linear(x, u, v, bias, impl)
+    if transformed():
+        plain_call("lfc_linear", impl, FUNC)
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, u), v)
     dtype = compute_dtype(x)
     few = form == "factored" or (form == "auto" and _few(x, weight, u, v))
     key = merged = None
@@ -244,7 +247,7 @@ def lfc_linear(
 
 def _core_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     # Only CUDA has a kernel for it; elsewhere torch's own two calls cost less than one around them.
-    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+    if impl == "torch" or (impl == "auto" and (transformed() or not x.is_cuda)):
         plain_call("lfc_linear", impl)
         return F.linear(F.linear(x, u), v, bias)
     y_TO, _ = _core(_by_token(x, compute_dtype(x)), u, v, bias, impl)

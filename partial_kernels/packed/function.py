@@ -6,12 +6,21 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from partial_kernels._core.checks import check_tensors, compute_dtype, no_autocast
 from partial_kernels._core.index_check import first_unsorted
+from partial_kernels._core.ops import FUNC, plain_call, transformed
 from partial_kernels.masks import Packed
-from partial_kernels.packed.reference import DVALUES, DX, FORWARD, dvalues_formula, dx_formula
+from partial_kernels.packed.reference import (
+    DVALUES,
+    DX,
+    FORWARD,
+    dvalues_formula,
+    dx_formula,
+    merged,
+)
 
 __all__ = ["packed_linear"]
 
@@ -110,7 +119,12 @@ def packed_linear(
     outputs, inputs = weight.shape
     # -1 for the tokens would be ambiguous where there are no inputs.
     x_TI = x.to(compute_dtype(x)).reshape(math.prod(x.shape[:-1]), inputs)
-    y_TO = _linear(x_TI, values, bias, weight, index, impl)
+    if transformed():
+        plain_call("packed_linear", impl, FUNC)
+        cast_bias = None if bias is None else bias.to(x_TI.dtype)
+        y_TO = F.linear(x_TI, merged(weight, values, index, x_TI.dtype), cast_bias)
+    else:
+        y_TO = _linear(x_TI, values, bias, weight, index, impl)
     return y_TO.reshape(*x.shape[:-1], outputs)
 
 
