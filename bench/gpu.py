@@ -97,6 +97,7 @@ def command(
             # Its own processes, too.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def build(run: Run) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import torch
@@ -21,14 +22,14 @@ SOURCES = sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
 def test_compiles(source: str, capability: int, tmp_path: Path) -> None:
     target = tmp_path / "kernels.o"
     script = [
-        f"include {ROOT}/csrc/rules.ninja",
+        "include csrc/rules.ninja",
         f"builddir = {tmp_path}",
-        f"torch = {Path(torch.__file__).parent}",
+        f"torch = {quote(str(Path(torch.__file__).parent))}",
         f"codes = -gencode=arch=compute_{capability},code=sm_{capability}",
         f"archs = {capability}",
         "NVCC = nvcc",
         "NVCCFLAGS = -Xptxas -v",
-        f"build {target}: compile_cuda csrc/cuda/{source}.cu",
+        f"build {str(target).replace(' ', '$ ')}: compile_cuda csrc/cuda/{source}.cu",
         "",
     ]
     file = tmp_path / "build.ninja"

@@ -295,7 +295,8 @@ def direct(case: Case, arguments: dict[str, Any]) -> list[Any]:
     lr = torch.tensor(0.01)
     if case.rule == "sgd":
         return [*lists, *where, lr, 0.9, True, 0.1, "native"]
-    return [*lists, *where, list(range(1, 1 + count)), lr, 0.9, 0.99, 1e-8, 0.1, "native"]
+    steps = list(range(1, 1 + count)), None
+    return [*lists, *where, *steps, lr, 0.9, 0.99, 1e-8, 0.1, "native"]
 
 
 FAULTS: dict[str, tuple[int, Any]] = {
