@@ -123,12 +123,13 @@ template <class S>
 void select_from(const Queue& queue, const S* x, int64_t row_stride, int64_t rows, int64_t columns,
                  int64_t k, int64_t* out) {
   // As many keys as leave a thread of a block of 1024 its registers.
-  constexpr int most = sizeof(S) == 8 ? 16 : 32;
+  constexpr int most = sizeof(S) == 8 ? 14 : 28;
   if (rows == 0 || k == 0) return;
   STD_TORCH_CHECK(0 < k && k <= columns, "k must be in [0, ", columns, "], got ", k);
   STD_TORCH_CHECK(rows < (int64_t(1) << 31), "there are too many rows, ", rows);
-  if (columns <= 32 * most / 4)
-    select_with<S, most / 4>(queue, x, row_stride, rows, columns, k, out);
+  constexpr int few = most == 14 ? 4 : 8;
+  if (columns <= 32 * few)
+    select_with<S, few>(queue, x, row_stride, rows, columns, k, out);
   else
     select_with<S, most>(queue, x, row_stride, rows, columns, k, out);
 }

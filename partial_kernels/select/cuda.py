@@ -12,7 +12,7 @@ from partial_kernels.select.reference import SELECT
 _select = native_op("topk_select_cuda")
 
 # Numbers that one block of threads holds in registers, by the bytes of each.
-_MAX_COLUMNS = {2: 32768, 4: 32768, 8: 16384}
+_MAX_COLUMNS = {2: 28672, 4: 28672, 8: 14336}
 
 
 def _supports(x: Tensor, k: int, by_column: bool) -> str | None:
