@@ -107,6 +107,8 @@ def refuses(*tensors: Tensor | None) -> str | None:
             return f"it runs on CUDA, got {tensor.device}"
         if tensor.dtype not in _DTYPES:
             return f"it computes in fp32, bf16 and fp16, got {tensor.dtype}"
+        if tensor.dtype == torch.bfloat16 and INTERPRETED:
+            return "Triton's interpreter computes wrongly in bf16"
         if tensor.is_neg():
             return "it reads memory as it is, got a negated view"
     return None

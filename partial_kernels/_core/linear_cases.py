@@ -318,17 +318,25 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
 def magnitudes_of_few(
     function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor, **options: Any
 ) -> dict[str, float]:
-    """Of each result of few different elements, the largest sum of its terms' absolute values; else
-    0. Of so few sums, plain PyTorch's may all be exact by luck.
+    """Of each result of few different elements, what its error may be in units of the dtype's eps;
+    else 0. Of so few sums, plain PyTorch's may all be exact by luck.
+
+    With A the largest sum of a result's terms' absolute values, and n terms at most, the sum is off
+    by up to n u A in whatever order it is taken (u is half an eps of fp32, or of fp64), and its
+    rounding by eps A.
     """
+    tensors = [dy, *(value for value in arguments.values() if isinstance(value, Tensor))]
+    terms = max(math.prod(dy.shape[:-1]), *(n for tensor in tensors for n in tensor.shape), 1)
+    eps = torch.finfo(dy.dtype).eps
+    share = 1 + terms * min(eps, torch.finfo(torch.float32).eps) / (2 * eps)
     positive = {
         name: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in doubled(arguments).items()
     }
     sums = results(function, positive, dy.double().abs(), **options)
     return {
-        name: max_error(terms, terms.new_zeros(())) if _different(terms) < 100 else 0.0
-        for name, terms in sums.items()
+        name: share * max_error(found, found.new_zeros(())) if _different(found) < 100 else 0.0
+        for name, found in sums.items()
     }
 
 
