@@ -16,7 +16,7 @@ from maskedtrain.patterns import kind_of, linears_of, matching
 from maskedtrain.subnetwork import Kept, SubNetwork, _Ratios
 from partial_kernels import Block, Element, Mask, Prefix
 
-__all__ = ["Heads", "lowrank", "width"]
+__all__ = ["Heads", "check_layer", "leave_fast_path", "lowrank", "width"]
 
 # Blocks below a tensor core's tile cost more than they save.
 _SMALLEST_BLOCK = 16
@@ -105,7 +105,7 @@ def width(
     for layer in layers:
         if type(layer) is nn.Linear:
             layer.__class__ = MaskedLinear
-    _leave_fast_path(model, layers)
+    leave_fast_path(model, layers)
     SubNetwork.layers_changed(layers)
     return SubNetwork(model, masks, name=name)
 
@@ -165,7 +165,7 @@ def lowrank(
     plain = dict.fromkeys(x for x in layers.values() if not isinstance(x, LFCLinear))
     for layer in plain:
         _become(layer, LFCLinear.from_linear(layer, ratio, init=init))
-    _leave_fast_path(model, plain)
+    leave_fast_path(model, plain)
     SubNetwork.layers_changed(plain)
     return SubNetwork(model, masks, name=name)
 
@@ -177,7 +177,7 @@ def _targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
     owners: dict[Tensor, nn.Linear] = {}
     for name in names:
         layer = linears[name]
-        _check_layer(name, layer, LFCLinear)
+        check_layer(name, layer, LFCLinear)
         if owners.setdefault(layer.weight, layer) is not layer:
             raise ValueError(f"{name}.weight is tied to another layer's; leave one of them out")
     return {name: linears[name] for name in names}
@@ -225,10 +225,10 @@ class _Cuts:
                         f"{producer} must give the {size} features that {consumer} takes, "
                         f"got {features}"
                     )
-                _check_layer(producer, self.linears[producer], LFCLinear)
+                check_layer(producer, self.linears[producer], LFCLinear)
                 self._claim(producer, self.rows)
                 self.rows[producer] = count
-            _check_layer(consumer, self.linears[consumer], LFCLinear)
+            check_layer(consumer, self.linears[consumer], LFCLinear)
             self._claim(consumer, self.cols)
             self.cols[consumer] = count
 
@@ -241,7 +241,7 @@ class _Cuts:
                         f"{projection} must give a multiple of head_dim = {group.head_dim} "
                         f"features, got {features}"
                     )
-                _check_layer(projection, self.linears[projection])
+                check_layer(projection, self.linears[projection])
                 self._claim(projection, self.rows, self.cols)
                 self.heads[projection] = group.head_dim, dims
 
@@ -297,7 +297,7 @@ def _head_mask(layer: nn.Linear, head_dim: int, dims: int) -> Mask:
     return Element(tiles) if size == 1 else Block(tiles, size)
 
 
-def _check_layer(name: str, layer: nn.Linear, *also: type[nn.Linear]) -> None:
+def check_layer(name: str, layer: nn.Linear, *also: type[nn.Linear]) -> None:
     """Raise unless all that the layer does is what its class and parameters say."""
     if type(layer) not in (nn.Linear, MaskedLinear, *also):
         raise TypeError(
@@ -314,7 +314,7 @@ def _check_layer(name: str, layer: nn.Linear, *also: type[nn.Linear]) -> None:
         raise RuntimeError(f"{name} has an active sub-network; leave its activate() first")
 
 
-def _leave_fast_path(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def leave_fast_path(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Have torch's Transformer encoders call these layers instead of reading their weights."""
     changed = set(layers)
     for module in model.modules():

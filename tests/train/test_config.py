@@ -106,7 +106,7 @@ def setting(path: str, value: Any) -> Change:
             "atss",
             r"unknown config\.method 'atss'; did you mean ats\? \(known: ats, ",
         ),
-        ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: resnet, transformer\)"),
+        ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: mlp, resnet, transformer\)"),
         ("method", {"ratios": [0.5]}, r"config\.method must be a table with a name, got {'ratios'"),
         ("model", "resnet", r"config\.model must be a table with a name, got 'resnet'"),
         ("data", 3, r"config\.data must be a table with a name, got 3"),

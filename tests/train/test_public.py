@@ -11,6 +11,7 @@ import partial_kernels
 
 def test_public_names_are_there() -> None:
     expected = {"MaskedConv2d", "MaskedLinear", "SubNetwork", "SwitchNorm", "Trainer"}
+    expected |= {"LFCLinear", "PackedLinear", "TopKLinear"}
     assert expected | {"__version__"} <= set(maskedtrain.__all__)
     for name in maskedtrain.__all__:
         assert hasattr(maskedtrain, name), name

@@ -5,5 +5,16 @@ from maskedtrain.layers.conv import MaskedConv2d
 from maskedtrain.layers.lfc import LFCLinear
 from maskedtrain.layers.linear import MaskedLinear
 from maskedtrain.layers.norm import SwitchNorm
+from maskedtrain.layers.packed import PackedLinear
+from maskedtrain.layers.topk import TopKLinear
 
-__all__ = ["Active", "LFCLinear", "MaskedConv2d", "MaskedLinear", "MaskedModule", "SwitchNorm"]
+__all__ = [
+    "Active",
+    "LFCLinear",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "MaskedModule",
+    "PackedLinear",
+    "SwitchNorm",
+    "TopKLinear",
+]

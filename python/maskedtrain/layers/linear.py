@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskedtrain.layers.base import Copier, MaskedModule
 from partial_kernels import Mask, masked_linear
 
-__all__ = ["MaskedLinear"]
+__all__ = ["MaskedLinear", "check_bias", "check_plain"]
 
 
 class MaskedLinear(MaskedModule, nn.Linear):
@@ -40,7 +40,7 @@ class MaskedLinear(MaskedModule, nn.Linear):
         bias = self.part("bias")
         if bias is None:
             return y
-        _check_bias(bias, y.shape[-1])
+        check_bias(bias, y.shape[-1])
         return y + bias
 
     def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Linear:
@@ -48,7 +48,7 @@ class MaskedLinear(MaskedModule, nn.Linear):
         bias = copier.bias(self.bias, masks.get("bias"))
         rows, cols = weight.shape
         if bias is not None:
-            _check_bias(bias, rows)
+            check_bias(bias, rows)
         linear = nn.Linear(cols, rows, bias=bias is not None, device="meta")
         linear.weight, linear.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
         return linear.train(self.training)
@@ -63,7 +63,24 @@ class MaskedLinear(MaskedModule, nn.Linear):
         return masked.train(linear.training)
 
 
-def _check_bias(bias: Tensor, rows: int) -> None:
+def check_plain(linear: nn.Linear, *also: type[nn.Linear]) -> None:
+    """Raise TypeError unless what the layer does is what its weight and bias say, as it is of
+    ``nn.Linear``, ``MaskedLinear`` and ``also``.
+    """
+    if type(linear) not in (nn.Linear, MaskedLinear, *also) or "forward" in vars(linear):
+        raise TypeError(
+            f"linear must be a plain nn.Linear or MaskedLinear, got a {type(linear).__name__} "
+            "with a behaviour of its own, which would be lost"
+        )
+    if not {"weight", "bias"} <= linear._parameters.keys():
+        raise TypeError(
+            f"linear computes its weight or bias from {', '.join(linear._parameters)} (a weight "
+            "norm, pruning); make it a plain parameter first"
+        )
+
+
+def check_bias(bias: Tensor, rows: int) -> None:
+    """Raise ValueError unless the bias is of so many rows."""
     # Of a single element or row, torch would make as many as it takes.
     if bias.shape[0] != rows:
         raise ValueError(f"the mask of bias must keep {rows} elements, got {bias.shape[0]}")

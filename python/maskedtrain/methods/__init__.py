@@ -9,10 +9,25 @@ from __future__ import annotations
 from maskedtrain.discovery import find_configs
 from maskedtrain.methods.ats import ATS
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
+from maskedtrain.methods.extragradient import Extragradient
+from maskedtrain.methods.freeze import LayerFreeze
+from maskedtrain.methods.meprop import MeProp
 from maskedtrain.methods.slimmable import Slimmable
 from maskedtrain.methods.standard import Standard
 
-__all__ = ["ATS", "Method", "MethodConfig", "Pass", "Plan", "Slimmable", "Standard", "configs"]
+__all__ = [
+    "ATS",
+    "Extragradient",
+    "LayerFreeze",
+    "MeProp",
+    "Method",
+    "MethodConfig",
+    "Pass",
+    "Plan",
+    "Slimmable",
+    "Standard",
+    "configs",
+]
 
 
 def configs() -> dict[str, type[MethodConfig]]:

@@ -8,11 +8,12 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from maskedtrain.subnetwork import SubNetwork
@@ -26,11 +27,16 @@ class Pass:
 
     Running a sub-network is the perturbation ``dx = -(1 - p) * x``. ``perturbed()`` is a context in
     which the parameters are moved by any further ``dx``, and from which they come back exactly.
+    ``probe(gradients)``, where there is one, gets the model's gradients (None where the pass does
+    not reach) in the place of ``parameter.grad``: the pass says where to go and is no part of the
+    update. A ``fresh`` pass wants a mini-batch of its own.
     """
 
     subnet: SubNetwork
     loss_weight: float = 1.0
     perturbed: Callable[[], AbstractContextManager[None]] = nullcontext
+    probe: Callable[[list[Tensor | None]], None] | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,25 +49,72 @@ class Plan:
     update: SubNetwork
     lr_scale: float = 1.0
 
+    @property
+    def fresh(self) -> bool:
+        """Whether a pass wants a mini-batch of its own."""
+        return any(item.fresh for item in self.passes)
+
     def backward(
-        self, loss: Callable[[], Tensor], *, scale: float | Tensor = 1.0
+        self,
+        loss: Callable[[], Tensor],
+        *,
+        fresh: Callable[[], Tensor] | None = None,
+        scale: float | Tensor = 1.0,
     ) -> dict[str, Tensor]:
         """Run every pass and add up the gradients in ``parameter.grad``.
 
+        Parameters that are wholly outside the update get no gradient, nor does anything below the
+        lowest layer of the others: that part of the backward is not computed.
+
         Args:
             loss: computes the loss of the model as it is then active, on this step's batch.
+            fresh: the same on another batch, for passes that want one.
             scale: multiplies the gradients (a micro-batch's share under accumulation).
 
         Returns:
-            Each pass's loss, by the name of its sub-network, detached and unscaled.
+            Each network's loss in its first pass, by name, detached and unscaled.
+
+        Raises:
+            ValueError: a pass wants a batch of its own and there is none.
         """
+        if self.fresh and fresh is None:
+            raise ValueError("a pass of this plan wants a fresh batch: backward(loss, fresh=...)")
         losses: dict[str, Tensor] = {}
-        for item in self.passes:
-            with item.perturbed(), item.subnet.activate():
-                value = loss()
-                (value * (item.loss_weight * scale)).backward()
-            losses[item.subnet.name] = value.detach()
+        with _frozen(self.update):
+            for item in self.passes:
+                with item.perturbed(), item.subnet.activate():
+                    value = cast("Callable[[], Tensor]", fresh if item.fresh else loss)()
+                    if item.probe is None:
+                        (value * (item.loss_weight * scale)).backward()
+                    else:
+                        item.probe(_gradients(value, item.subnet.model))
+                losses.setdefault(item.subnet.name, value.detach())
         return losses
+
+
+@contextmanager
+def _frozen(update: SubNetwork) -> Generator[None]:
+    """Within it, what the update leaves wholly alone requires no gradient."""
+    outside = [
+        parameter
+        for parameter in update.model.parameters()
+        if parameter.requires_grad and update.mask_of(parameter) is None
+    ]
+    for parameter in outside:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in outside:
+            parameter.requires_grad = True
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> list[Tensor | None]:
+    """By parameter; None where the loss does not depend on it."""
+    parameters = list(model.parameters())
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    found = dict(zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True))
+    return [found.get(parameter) for parameter in parameters]
 
 
 class Method:

@@ -6,10 +6,12 @@ A file of this folder that defines ``Config`` (a ``ModelConfig`` with a ``name``
 
 from maskedtrain.discovery import find_configs
 from maskedtrain.models.base import ModelConfig
+from maskedtrain.models.mlp import MLP
 from maskedtrain.models.resnet import ResNet, resnet8, resnet18, resnet34, resnet50
 from maskedtrain.models.transformer import Transformer
 
 __all__ = [
+    "MLP",
     "ModelConfig",
     "ResNet",
     "Transformer",

@@ -206,7 +206,10 @@ class Config(ModelConfig):
     width: int = 64
     """Channels of the first stage; each further stage has twice as many."""
 
-    def build(self, *, in_channels: int, num_classes: int) -> ResNet:
+    def build(
+        self, *, in_channels: int, num_classes: int, image_size: tuple[int, int] | None = None
+    ) -> ResNet:
+        # Of any image_size: the last layer takes a mean over positions.
         make = {8: resnet8, 18: resnet18, 34: resnet34, 50: resnet50}[self.depth]
         return make(
             num_classes=num_classes, stem=self.stem, in_channels=in_channels, width=self.width

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maskedtrain.data.images import BatchLoader, ImageConfig, ImageDataset, ImageSplit
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.tasks import base
-from maskedtrain.training.loop import evaluate, evaluation_mode
+from maskedtrain.training.loop import evaluate, evaluation_mode, training_mode
 from maskedtrain.training.losses import cross_entropy
 from maskedtrain.training.scores import ACCURACY
 
@@ -27,8 +27,12 @@ class Task(base.Task):
         return {"image_shape": list(dataset.image_shape), "num_classes": dataset.num_classes}
 
     def model_arguments(self) -> dict[str, Any]:
-        channels, *_ = self.image_shape
-        return {"in_channels": channels, "num_classes": self.description["num_classes"]}
+        channels, *size = self.image_shape
+        return {
+            "in_channels": channels,
+            "num_classes": self.description["num_classes"],
+            "image_size": tuple(size),
+        }
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -63,18 +67,18 @@ class Task(base.Task):
         return asdict(evaluate(model, subnet, batches, cross_entropy, autocast=self.autocast))
 
     def batch_flops(self, subnet: SubNetwork) -> Callable[[Tensor], int]:
-        flops = self._image_flops(subnet, training=True)
+        # In training mode, which backward passes may depend on. Batch norm has to have more than a
+        # single value per channel then: two images.
+        images = torch.empty(2, *self.image_shape, device=self.device)
+        with training_mode(subnet.model):
+            flops = subnet.flops(images, training=True) // 2
         return lambda images: flops * len(images)
 
     def unit_flops(self, subnet: SubNetwork) -> float:
-        return self._image_flops(subnet, training=False)
+        image = torch.empty(1, *self.image_shape, device=self.device)
+        with evaluation_mode(subnet.model):
+            return subnet.flops(image)
 
     def example(self) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         # Two images: torch.export would take a batch of one for a constant.
         return (torch.zeros(2, *self.image_shape),), ({0: torch.export.Dim("batch")},)
-
-    def _image_flops(self, subnet: SubNetwork, *, training: bool) -> int:
-        image = torch.empty(1, *self.image_shape, device=self.device)
-        # Batch norm in training mode refuses a single value per channel.
-        with evaluation_mode(subnet.model):
-            return subnet.flops(image, training=training)

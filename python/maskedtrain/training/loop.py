@@ -29,6 +29,7 @@ __all__ = [
     "evaluation_mode",
     "seed_generators",
     "target_count",
+    "training_mode",
 ]
 
 Batch = tuple[Any, Tensor]
@@ -134,7 +135,8 @@ class Trainer:
             yield self.train_step(stream)
 
     def train_step(self, batches: Iterator[Batch]) -> StepReport:
-        """One step, on the next ``accumulate`` batches.
+        """One step, on the next ``accumulate`` batches, twice as many where a pass of the method's
+        plan wants a batch of its own.
 
         Raises:
             NonFiniteError: a loss was not finite; with ``check_every=1`` no parameter and no state
@@ -143,12 +145,13 @@ class Trainer:
         """
         self.model.train()
         plan = self.method.plan(self.step)
-        taken = list(islice(batches, self.accumulate))
-        if len(taken) < self.accumulate:
-            raise ValueError(f"the batches ended after {self.step} steps")
+        taken = self._next(batches)
+        others = self._next(batches) if plan.fresh else taken
         losses: dict[str, Tensor] = {}
-        for batch, share in zip(taken, _shares(taken), strict=True):
-            found = plan.backward(lambda b=batch: self._loss(b), scale=share)
+        for batch, other, share in zip(taken, others, _shares(taken), strict=True):
+            found = plan.backward(
+                lambda b=batch: self._loss(b), fresh=lambda b=other: self._loss(b), scale=share
+            )
             for name, loss in found.items():
                 losses[name] = losses.get(name, 0) + loss * share
         self._losses = losses
@@ -168,6 +171,13 @@ class Trainer:
         for name in losses:
             self.passes[name] = self.passes.get(name, 0) + 1
         return StepReport(self.step, losses, lr * plan.lr_scale, grad_norm)
+
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The next ``accumulate`` batches."""
+        taken = list(islice(batches, self.accumulate))
+        if len(taken) < self.accumulate:
+            raise ValueError(f"the batches ended after {self.step} steps")
+        return taken
 
     def _loss(self, batch: Batch) -> Tensor:
         inputs, targets = batch
@@ -272,13 +282,26 @@ def _shares(batches: Sequence[Batch]) -> Sequence[Any]:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within it every module is in evaluation mode; each comes back to its own mode after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with _mode(model, training=False):
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Within it every module is in training mode; each comes back to its own mode after it."""
+    with _mode(model, training=True):
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    others = [module for module in model.modules() if module.training != training]
+    model.train(training)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            module.training = not training
 
 
 def seed_generators(seed: int) -> None:
