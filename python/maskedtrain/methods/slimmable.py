@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,18 +16,45 @@ __all__ = ["Config", "Slimmable"]
 
 
 class Slimmable(Method):
-    """Add up the gradients of all networks on the same mini-batch, then make one update.
+    """Add up the gradients of several networks on the same mini-batch, then make one update.
 
     The baseline that ATS is measured against: a step costs a forward and backward of every network.
+    With the sandwich rule these are the largest, the smallest, and some of the others.
+
+    Args:
+        subnets: the networks.
+        sandwich: how many of the others a step trains, drawn anew at each; all where not given.
+        seed: of the draws, which depend on it and on the step alone.
+
+    Source: Yu et al., "Slimmable Neural Networks" (ICLR 2019); the sandwich rule, without its
+    distillation, Yu and Huang, "Universally Slimmable Networks and Improved Training Techniques"
+    (ICCV 2019).
     """
 
-    def __init__(self, subnets: Sequence[SubNetwork]) -> None:
+    def __init__(
+        self, subnets: Sequence[SubNetwork], *, sandwich: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__(subnets)
-        passes = tuple(Pass(subnet) for subnet in subnets)
-        self._plan = Plan(passes, update=SubNetwork.union(*subnets))
+        by_size = sorted(subnets, key=SubNetwork.numel)
+        self._ends, self._others = [by_size[-1], *by_size[:-1][:1]], by_size[1:-1]
+        if sandwich is not None and not 0 <= sandwich <= len(self._others):
+            raise ValueError(
+                f"sandwich must be from 0 to the {len(self._others)} networks between the largest "
+                f"and the smallest, got {sandwich}"
+            )
+        self._sandwich, self._seed = sandwich, seed
+        self._plans: dict[tuple[str, ...], Plan] = {}
 
     def plan(self, step: int) -> Plan:
-        return self._plan
+        chosen = list(self.subnets.values())
+        if self._sandwich is not None:
+            drawn = random.Random(f"{self._seed} {step}").sample(self._others, self._sandwich)
+            chosen = [*self._ends, *drawn]
+        names = tuple(sorted(subnet.name for subnet in chosen))
+        if names not in self._plans:
+            passes = tuple(Pass(subnet) for subnet in chosen)
+            self._plans[names] = Plan(passes, update=SubNetwork.union(*chosen))
+        return self._plans[names]
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,10 @@ class Config(MethodConfig):
     """Widths or ranks of the cores, as shares of the whole; called core, core2, core3 ..."""
     round_to: int = 16
     """Widths become multiples of this where the layer allows."""
+    sandwich: int | None = None
+    """Train the largest network, the smallest and so many of the others, drawn at each step; all
+    where not given."""
 
     def build(self, model: nn.Module) -> Slimmable:
-        return Slimmable(core_chain(model, self.core, self.ratios, round_to=self.round_to))
+        subnets = core_chain(model, self.core, self.ratios, round_to=self.round_to)
+        return Slimmable(subnets, sandwich=self.sandwich)
