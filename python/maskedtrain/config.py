@@ -96,6 +96,9 @@ class RunConfig:
     which are kept beside the last checkpoints."""
     log_every: int = 10
     """Steps of each network between two lines of its loss in metrics.jsonl."""
+    measure_every: int | None = None
+    """Steps between measurements of the criteria of partial SGD (alpha, c_norm, c_sim, c_align, q,
+    drift) for metrics.jsonl, each at the cost of two steps or so; never where not given."""
     seed: int = 0
     """Seed of initialisation, batches and augmentation."""
     device: str = "auto"
@@ -111,7 +114,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, keep_last=self.keep_last, log_every=self.log_every)
-        for name in ("max_steps", "eval_every", "save_every", "threads"):
+        for name in ("max_steps", "eval_every", "save_every", "measure_every", "threads"):
             if (value := getattr(self, name)) is not None:
                 _at_least(1, **{name: value})
         if not self.epochs > 0:

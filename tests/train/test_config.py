@@ -64,7 +64,8 @@ def test_what_is_written_is_readable() -> None:
     assert written["data"]["data"] == "some where" and written["data"]["image_size"] == 16
     assert written["model"] == {"name": "resnet", "depth": 50, "stem": "imagenet", "width": 16}
     assert written["method"] == {
-        "name": "slimmable", "core": "width", "ratios": [0.75, 0.25], "round_to": 8
+        "name": "slimmable", "core": "width", "ratios": [0.75, 0.25], "round_to": 8,
+        "sandwich": None,
     }  # fmt: skip
     assert written["optim"]["betas"] == [0.8, 0.95] and written["run"]["max_steps"] == 20
 

@@ -81,20 +81,17 @@ class Extragradient(Method):
             with torch.no_grad():
                 for (parameter, _), held in zip(moves, before, strict=True):
                     parameter.copy_(held)
-            if not self._past:
-                self._ahead = []
 
     def after_backward(self, step: int, plan: Plan) -> Plan:
-        if self._past:
-            # The optimizer may clip what the parameters hold.
-            self._ahead = [
-                None if parameter.grad is None else parameter.grad.detach().clone()
-                for parameter in self.model.parameters()
-            ]
+        # The optimizer may clip what the parameters hold.
+        self._ahead = [
+            None if parameter.grad is None or not self._past else parameter.grad.detach().clone()
+            for parameter in self.model.parameters()
+        ]
         return plan
 
     def state_dict(self) -> dict[str, Any]:
-        if not self._ahead:
+        if not self._past or not self._ahead:
             return {}
         names = (name for name, _ in self.model.named_parameters())
         return {

@@ -19,18 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import partial_kernels as pk
-from maskedtrain.methods.base import Pass
+from maskedtrain.methods.base import Pass, Plan
 from maskedtrain.subnetwork import SubNetwork
 from partial_kernels import Mask
 
-__all__ = ["Criteria", "Measured", "criteria", "measure"]
+__all__ = ["Criteria", "Measured", "criteria", "measure", "measure_plan"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Criteria:
     def assumption3(self, smoothness: float) -> bool:
         """Whether ``drift < 1 / (2 L)``, for gradients that are L-Lipschitz."""
         return self.drift < 1 / (2 * smoothness)
+
+    def quantities(self) -> dict[str, float]:
+        """All of them but Assumption 3's verdict, by name."""
+        names = ("alpha", "c_norm", "c_sim", "c_align", "q", "drift")
+        return {name: getattr(self, name) for name in names}
 
     def __add__(self, other: Criteria) -> Criteria:
         """Of two sets of parameters together."""
@@ -168,6 +173,29 @@ def measure(
     found = criteria(g, other, masks, moved)
     whole = sum(found, start=Criteria(0.0, 0.0, 0.0, 0.0))
     return Measured(whole, dict(zip(named, found, strict=True)))
+
+
+def measure_plan(
+    model: nn.Module,
+    plan: Plan,
+    loss: Callable[[], Tensor],
+    *,
+    fresh: Callable[[], Tensor] | None = None,
+) -> dict[str, Measured]:
+    """Criteria of every pass of a plan that is part of its update, by the name of its network.
+
+    As ``measure``; passes that say where to go (``Pass.probe``) are run first. Losses as for
+    ``Plan.backward``.
+    """
+    found: dict[str, Measured] = {}
+    with _undone(model, model.parameters()):
+        for item in plan.passes:
+            if item.probe is None:
+                found.setdefault(item.subnet.name, measure(model, item, loss, update=plan.update))
+                continue
+            one = replace(plan, passes=(item,))
+            one.backward(loss, fresh=fresh)
+    return found
 
 
 def _gradients(

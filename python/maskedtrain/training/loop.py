@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from maskedtrain.methods.base import Method
 from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.theory.criteria import Measured, measure_plan
 
 __all__ = [
     "IGNORED",
@@ -48,13 +49,15 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class StepReport:
     """What one step did: the count of steps with it, losses by sub-network, the learning rate of
-    the update, and the gradient's norm before clipping.
+    the update, the gradient's norm before clipping, and, where they were measured, the criteria of
+    partial SGD by sub-network.
     """
 
     step: int
     losses: dict[str, Tensor]
     lr: float
     grad_norm: Tensor | None
+    criteria: Mapping[str, Measured] = field(default_factory=dict[str, Measured])
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Trainer:
         check_every: steps between checks that losses are finite. A check waits for the device;
             before a step it keeps a bad gradient from being applied, so 1 is right wherever that
             costs little.
+        measure_every: steps between measurements of the criteria of partial SGD
+            (``maskedtrain.theory.criteria``), on the step's first mini-batch before its update; 0
+            for none. Each costs the step's passes and, for each of them, one of the whole network.
 
     Example:
         >>> optimizer = MaskedSGD(model.parameters(), lr=0.1)
@@ -104,7 +110,10 @@ class Trainer:
         accumulate: int = 1,
         compile: bool = False,
         check_every: int = 1,
+        measure_every: int = 0,
     ) -> None:
+        if measure_every < 0:
+            raise ValueError(f"measure_every must be >= 0, got {measure_every}")
         if accumulate < 1 or check_every < 1:
             raise ValueError(
                 f"accumulate and check_every must be >= 1, got {accumulate} and {check_every}"
@@ -118,6 +127,7 @@ class Trainer:
         self.clip_grad_norm = clip_grad_norm
         self.accumulate = accumulate
         self.check_every = check_every
+        self.measure_every = measure_every
         self.step = 0
         self.passes = dict.fromkeys(method.subnets, 0)
         self._losses: dict[str, Tensor] = {}
@@ -147,6 +157,14 @@ class Trainer:
         plan = self.method.plan(self.step)
         taken = self._next(batches)
         others = self._next(batches) if plan.fresh else taken
+        criteria: Mapping[str, Measured] = {}
+        if self.measure_every and self.step % self.measure_every == 0:
+            criteria = measure_plan(
+                self.model,
+                plan,
+                lambda: self._loss(taken[0]),
+                fresh=lambda: self._loss(others[0]),
+            )
         losses: dict[str, Tensor] = {}
         for batch, other, share in zip(taken, others, _shares(taken), strict=True):
             found = plan.backward(
@@ -170,7 +188,7 @@ class Trainer:
         self.step += 1
         for name in losses:
             self.passes[name] = self.passes.get(name, 0) + 1
-        return StepReport(self.step, losses, lr * plan.lr_scale, grad_norm)
+        return StepReport(self.step, losses, lr * plan.lr_scale, grad_norm, criteria)
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The next ``accumulate`` batches."""

@@ -5,12 +5,15 @@ A record is one JSON object:
     {"step": 120, "kind": "train", "subnet": "core", "loss": 1.2, "lr": 0.1, "time_s": 12.3}
     {"step": 120, "kind": "eval", "subnet": "full", "loss": 0.4, "accuracy": 0.93,
      "train_flops": 1.5e12, "time_s": 12.9}
+    {"step": 101, "kind": "criteria", "subnet": "core", "alpha": 0.8, "c_norm": 1.4, "c_sim": 1.1,
+     "c_align": 1.2, "q": 1.7, "drift": 3.5, "time_s": 12.0}
 
 `step` counts finished optimizer steps and `subnet` names the network that was trained or evaluated.
 `loss` is in nats, `accuracy` a fraction, `bleu` in [0, 100], `time_s` seconds and `train_flops`
 floating-point operations since the run began; `targets_per_s` and `flop_utilization`, of the steps
 since the network's last record, count images or tokens, and the share of this machine's rate in
-large matrix products. Further fields may follow. NaN and infinities are written as null.
+large matrix products. Criteria are those of ``maskedtrain.theory.criteria``, before the step's
+update. Further fields may follow. NaN and infinities are written as null.
 """
 
 from __future__ import annotations

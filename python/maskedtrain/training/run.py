@@ -128,6 +128,7 @@ class _Session:
             compile=config.run.compile,
             # On a GPU a check waits for the device; the loop checks before each checkpoint, too.
             check_every=1 if run.device.type == "cpu" else config.run.log_every,
+            measure_every=config.run.measure_every or 0,
         )
         self.seconds = 0.0
         self.train_flops = 0
@@ -212,6 +213,8 @@ class _Session:
                     values = {"loss": loss, "lr": report.lr, **self.meter.rates(name)}
                     log.log(step, "train", name, **self.record(values))
                     bar.update(step, loss=loss)
+                for name, measured in report.criteria.items():
+                    log.log(step, "criteria", name, **self.record(measured.whole.quantities()))
                 bar.update(step)
                 if evaluating:
                     found = self.evaluate()

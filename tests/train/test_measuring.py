@@ -1,0 +1,112 @@
+"""Criteria measured while training: when, of what, and without a trace in the training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskedtrain import SubNetwork, Trainer, cli
+from maskedtrain.methods import ATS, Extragradient, Method, Slimmable
+from maskedtrain.models import MLP
+from maskedtrain.optim import MaskedAdamW
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(16, 8, generator=generator), torch.randint(4, (16,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def model_and(kind: str) -> tuple[nn.Module, Method]:
+    torch.manual_seed(0)
+    model = MLP(8, (32,), 4, dropout=0.3)
+    full, core = SubNetwork.full(model), SubNetwork.width(model, 0.5)
+    methods: dict[str, Any] = {
+        "ats": lambda: ATS([full, core]),
+        "slimmable": lambda: Slimmable([full, core]),
+        "extragradient": lambda: Extragradient(full, distance=0.1),
+        "fresh": lambda: Extragradient(full, distance=0.1, look="fresh"),
+        "past": lambda: Extragradient(full, distance=0.1, look="past"),
+    }
+    return model, methods[kind]()
+
+
+KINDS = ["ats", "slimmable", "extragradient", "fresh", "past"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_bitwise_the_same(kind: str) -> None:
+    states: list[dict[str, Any]] = []
+    for every in (0, 1):
+        model, method = model_and(kind)
+        optimizer = MaskedAdamW(model.parameters())
+        trainer = Trainer(model, method, optimizer, F.cross_entropy, measure_every=every)
+        torch.manual_seed(3)
+        for report in trainer.steps(batches(20), until=5):
+            assert bool(report.criteria) == bool(every)
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_every_few_steps_the_networks_of_the_step_are_measured() -> None:
+    model, method = model_and("ats")
+    optimizer = MaskedAdamW(model.parameters())
+    trainer = Trainer(model, method, optimizer, F.cross_entropy, measure_every=3)
+    reports = list(trainer.steps(batches(8), until=8))
+    found = {report.step: list(report.criteria) for report in reports if report.criteria}
+    assert found == {1: ["full"], 4: ["core"], 7: ["full"]}
+    whole, core = (reports[i].criteria for i in (0, 3))
+    assert whole["full"].whole.q == pytest.approx(1.0, rel=1e-5)
+    assert core["core"].whole.c_norm > 1 and core["core"].whole.drift > 0
+
+
+def test_slimmable_training_measures_each_network_against_the_update() -> None:
+    model, method = model_and("slimmable")
+    optimizer = MaskedAdamW(model.parameters())
+    trainer = Trainer(model, method, optimizer, F.cross_entropy, measure_every=1)
+    report = trainer.train_step(iter(batches(1)))
+    assert list(report.criteria) == ["full", "core"]
+    # The update holds everything.
+    assert report.criteria["core"].whole.c_norm == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["extragradient", "fresh"])
+def test_a_perturbation_is_measured_where_it_leads(kind: str) -> None:
+    model, method = model_and(kind)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    data = batches(2)
+    x, y = data[1 if kind == "fresh" else 0]
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    length = sum(float(grad.square().sum()) for grad in grads) * 0.1**2
+    optimizer = MaskedAdamW(model.parameters())
+    trainer = Trainer(model, method, optimizer, F.cross_entropy, measure_every=1)
+    report = trainer.train_step(iter(data))
+    assert report.criteria["full"].whole.displacement_sq == pytest.approx(length, rel=1e-4)
+
+
+def test_a_run_logs_them(tmp_path: Path) -> None:
+    options = "--preset digits-resnet8-ats --max-steps 4 --measure-every 2"
+    cli.main(["train", *options.split(), "--out", str(tmp_path)])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "criteria"]
+    assert [line["step"] for line in found] == [1, 3]
+    assert {"alpha", "c_norm", "c_sim", "c_align", "q", "drift"} <= found[0].keys()
+    assert all(line["c_norm"] >= 1 - 1e-6 for line in found)
+
+
+def test_a_negative_interval_is_refused() -> None:
+    model, method = model_and("ats")
+    optimizer = MaskedAdamW(model.parameters())
+    with pytest.raises(ValueError, match="measure_every must be >= 0, got -1"):
+        Trainer(model, method, optimizer, F.cross_entropy, measure_every=-1)
