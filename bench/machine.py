@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import partial_kernels as pk
+from partial_kernels._core.tiles import slug
 from partial_kernels._native import native_status
 
 
@@ -60,11 +61,6 @@ def processor() -> str:
 def device() -> str:
     """A name for folders: processor and threads."""
     return slug(f"{processor()} {torch.get_num_threads()}")
-
-
-def slug(name: str) -> str:
-    """The name as one of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def description() -> dict[str, Any]:

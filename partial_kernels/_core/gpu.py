@@ -24,6 +24,7 @@ __all__ = [
     "precision",
     "recorded",
     "refuses",
+    "refuses_region",
     "roomy",
 ]
 
@@ -96,6 +97,22 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
 def elsewhere(tensor: Tensor) -> str | None:
     """Why the compiled CUDA kernels cannot take this: it is not on CUDA."""
     return None if tensor.is_cuda or EMULATED else f"it runs on CUDA, got {tensor.device}"
+
+
+_REGION_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+# Of a region's description, which is an argument of the launch.
+_REGION_DIMENSIONS = 5
+
+
+def refuses_region(tensor: Tensor, dtypes: str) -> str | None:
+    """Why the compiled CUDA kernels cannot take regions of this; ``dtypes`` says what they take."""
+    if (why := elsewhere(tensor)) is not None:
+        return why
+    if tensor.dtype not in _REGION_DTYPES:
+        return f"it {dtypes}, got {tensor.dtype}"
+    if tensor.ndim > _REGION_DIMENSIONS:
+        return f"it takes up to {_REGION_DIMENSIONS} dimensions, got {tensor.ndim}"
+    return None
 
 
 def refuses(*tensors: Tensor | None) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHIPPED", "Tile", "bucket", "choosing", "device_file", "read", "tuned", "write"]
+__all__ = ["SHIPPED", "Tile", "bucket", "choosing", "device_file", "read", "slug", "tuned", "write"]
 
 SHIPPED = Path(__file__).resolve().parents[1] / "tiles"
 
@@ -70,7 +70,12 @@ def _table(device: torch.device) -> dict[str, Tile]:
 
 def device_file(name: str) -> str:
     """The name of the table of devices of this name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+    return f"{slug(name)}.json"
+
+
+def slug(name: str) -> str:
+    """The name as one of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def user_folder() -> Path:

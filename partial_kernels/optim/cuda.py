@@ -10,31 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from partial_kernels._core.gpu import elsewhere
+from partial_kernels._core.gpu import refuses_region
 from partial_kernels._native import native_op
 from partial_kernels.optim.reference import ADAMW, SGD, Selections
 
 _sgd = native_op("masked_sgd_cuda")
 _adamw = native_op("masked_adamw_cuda")
 
-_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
-# Of a region's description, which is an argument of the launch.
-_MAX_DIMENSIONS = 5
-
 
 def _supports(params: Sequence[Tensor], *rest: Any) -> str | None:
     for param in params:
-        if (why := elsewhere(param)) is not None:
+        if (why := refuses_region(param, "computes in fp32 and fp64")) is not None:
             return why
         if param.device != params[0].device:
             return f"it runs on one device, got {params[0].device} and {param.device}"
-        if param.dtype not in _DTYPES:
-            return f"it computes in fp32 and fp64, got {param.dtype}"
-        if param.ndim > _MAX_DIMENSIONS:
-            return f"it takes up to {_MAX_DIMENSIONS} dimensions, got {param.ndim}"
     return None
 
 

@@ -5,28 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from partial_kernels._core.gpu import elsewhere
+from partial_kernels._core.gpu import refuses_region
 from partial_kernels._native import native_op
 from partial_kernels.stats.reference import STATS, Selections
 
 _stats = native_op("masked_stats_cuda")
 
-_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
-# Of a region's description, which is an argument of the launch.
-_MAX_DIMENSIONS = 5
-
 
 def _supports(grads: Sequence[Tensor], other_grads: Selections, *_: Any) -> str | None:
     for grad, other in zip(grads, other_grads, strict=True):
-        if (why := elsewhere(grad)) is not None:
+        if (why := refuses_region(grad, "reads fp32, fp64, bf16 and fp16")) is not None:
             return why
-        if grad.dtype not in _DTYPES:
-            return f"it reads fp32, fp64, bf16 and fp16, got {grad.dtype}"
-        if grad.ndim > _MAX_DIMENSIONS:
-            return f"it takes up to {_MAX_DIMENSIONS} dimensions, got {grad.ndim}"
         if other is not None and other.dtype != grad.dtype:
             return f"it reads two gradients of one dtype, got {grad.dtype} and {other.dtype}"
     return None
