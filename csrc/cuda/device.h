@@ -112,6 +112,24 @@ class Queue {
 };
 #endif
 
+// Calls run(S()) for the numbers S of a tensor's type; `what` is the tensor, for the error.
+template <class Run>
+auto of_dtype(torch::headeronly::ScalarType dtype, const char* what, const Run& run) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::Double:
+      return run(double());
+    case ScalarType::BFloat16:
+      return run(Bf16());
+    case ScalarType::Half:
+      return run(Fp16());
+    default:
+      STD_TORCH_CHECK(false, what, " must be fp32, fp64, bf16 or fp16");
+  }
+}
+
 constexpr unsigned all_lanes = 0xffffffff;
 
 // The sum over a block, in one order, in every thread; `shared` has room for one value by warp.

@@ -157,18 +157,9 @@ Tensor select_of(const Tensor& x, int64_t k, bool by_column) {
 Tensor topk_select(const Tensor& x, int64_t k, bool by_column) {
   STD_TORCH_CHECK(x.dim() == 2 && (x.size(1) < 2 || x.stride(1) == 1),
                   "x must be a matrix whose rows are contiguous");
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return select_of<float>(x, k, by_column);
-    case ScalarType::Double:
-      return select_of<double>(x, k, by_column);
-    case ScalarType::BFloat16:
-      return select_of<Bf16>(x, k, by_column);
-    case ScalarType::Half:
-      return select_of<Fp16>(x, k, by_column);
-    default:
-      STD_TORCH_CHECK(false, "x must be fp32, fp64, bf16 or fp16");
-  }
+  return of_dtype(x.scalar_type(), "x", [&](auto number) {
+    return select_of<decltype(number)>(x, k, by_column);
+  });
 }
 
 }  // namespace

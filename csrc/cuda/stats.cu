@@ -1,6 +1,6 @@
 // Squared norms and inner products of masked gradients in fp64, over all tensors in two launches:
 // every block sums its share, then one block for each tensor adds these up. Shares and the order of
-// all sums depend on the tensors' shapes alone: the same bits on every device.
+// all sums depend on the tensors' shapes and strides alone: the same bits on every device.
 
 #include "regions.h"
 
@@ -73,11 +73,6 @@ struct Piece {
   ScalarType dtype;
 };
 
-template <class S>
-void sum(const Queue& queue, const Regions& batch, Partial* partials) {
-  queue.run(&sum_regions<S>, dim3(batch.blocks), region_threads, batch, partials);
-}
-
 Tensor stats(const Tensors& grads, const Selections& others, const Selections& rows,
              const Selections& cols, const Selections& elements, const std::vector<int64_t>& source,
              int64_t count) {
@@ -121,22 +116,9 @@ Tensor stats(const Tensors& grads, const Selections& others, const Selections& r
   for (size_t i = 0; i < found.size(); ++i) {
     batch.add(found[i].region, found[i].counts);
     if (!batch.full() && i + 1 < found.size() && found[i + 1].dtype == found[i].dtype) continue;
-    switch (found[i].dtype) {
-      case ScalarType::Float:
-        sum<float>(queue, batch, to);
-        break;
-      case ScalarType::Double:
-        sum<double>(queue, batch, to);
-        break;
-      case ScalarType::BFloat16:
-        sum<Bf16>(queue, batch, to);
-        break;
-      case ScalarType::Half:
-        sum<Fp16>(queue, batch, to);
-        break;
-      default:
-        STD_TORCH_CHECK(false, "gradients must be fp32, fp64, bf16 or fp16");
-    }
+    of_dtype(found[i].dtype, "gradients", [&](auto number) {
+      queue.run(&sum_regions<decltype(number)>, dim3(batch.blocks), region_threads, batch, to);
+    });
     to += batch.blocks;
     batch.clear();
   }

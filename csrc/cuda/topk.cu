@@ -208,18 +208,9 @@ Tensor product(const Tensor& dy, const Tensor& index, const Tensor& other) {
   STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Long &&
                       index.is_contiguous() && index.size(0) == dy.size(0),
                   "index must be [T, k], int64 and contiguous");
-  switch (dy.scalar_type()) {
-    case ScalarType::Float:
-      return Product::template run<float>(dy, index, other);
-    case ScalarType::Double:
-      return Product::template run<double>(dy, index, other);
-    case ScalarType::BFloat16:
-      return Product::template run<Bf16>(dy, index, other);
-    case ScalarType::Half:
-      return Product::template run<Fp16>(dy, index, other);
-    default:
-      STD_TORCH_CHECK(false, "dy must be fp32, fp64, bf16 or fp16");
-  }
+  return of_dtype(dy.scalar_type(), "dy", [&](auto number) {
+    return Product::template run<decltype(number)>(dy, index, other);
+  });
 }
 
 }  // namespace
