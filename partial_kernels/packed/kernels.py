@@ -184,7 +184,7 @@ def _supports(*args: Any) -> str | None:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if why := refuses(*(tensor for tensor in tensors if tensor.is_floating_point())):
         return why
-    counts = (tensor.numel() for tensor in tensors if tensor.dtype == torch.int64)
+    counts = (tensor.numel() for tensor in tensors if not tensor.is_floating_point())
     return "it counts positions in 32 bits" if max(counts) >= 2**31 else None
 
 

@@ -40,4 +40,4 @@ def _(dy: Tensor, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 @DVALUES.backend("native", _supports)
 def _(dy: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    return _sampled(contiguous_rows(dy), contiguous_rows(x), index.contiguous())
+    return _sampled(contiguous_rows(dy), contiguous_rows(x), index.long().contiguous())

@@ -6,7 +6,8 @@ elsewhere. With N elements of dW::
     y = x (W + dW)^T + b        dx = dy (W + dW)        dvalues = (dy^T x)[index]
 
 Neither dW nor its gradient is ever stored: dW is added to a copy of W or, for few tokens, its part
-of the product to y; the gradient comes from blocks of rows of ``dy^T x``.
+of the product to y; the gradient comes from blocks of rows of ``dy^T x``. For the gradient alone,
+``index`` may be int32 where W's positions fit.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def dvalues(dy_TO: Tensor, x_TI: Tensor, values_N: Tensor, index_N: Tensor) -> T
         # Without a question to the device how many of the elements these rows hold.
         place = index_N - first * inputs
         inside = (place >= 0) & (place < len(block))
-        found = block.take(place.clamp(0, len(block) - 1)).to(values_N.dtype)
+        found = block.index_select(0, place.clamp(0, len(block) - 1)).to(values_N.dtype)
         out_N = torch.where(inside, found, out_N)
     return out_N
 
