@@ -5,11 +5,12 @@ from maskedtrain.layers import (
     MaskedConv2d,
     MaskedLinear,
     PackedLinear,
+    Sum,
     SwitchNorm,
     TopKLinear,
 )
 from maskedtrain.subnetwork import SubNetwork
-from maskedtrain.surgery import Heads, lowrank, width
+from maskedtrain.surgery import Heads, layerwise_sum, lowrank, width
 from maskedtrain.training.loop import Trainer
 from partial_kernels import __version__
 
@@ -20,10 +21,12 @@ __all__ = [
     "MaskedLinear",
     "PackedLinear",
     "SubNetwork",
+    "Sum",
     "SwitchNorm",
     "TopKLinear",
     "Trainer",
     "__version__",
+    "layerwise_sum",
     "lowrank",
     "width",
 ]

@@ -58,6 +58,10 @@ class OptimConfig:
     """Steps in which the learning rate rises linearly to its peak; inverse_sqrt needs some."""
     warmup_init_lr: float = 0.0
     """Learning rate of the first step of inverse_sqrt's warm-up."""
+    alpha: Literal["one", "auto"] = "one"
+    """Step-size factor of partial SGD: 1, or auto for that of Theorem 1, measured on each step's
+    mini-batch at the cost of the step's passes again and one of the whole network, where it is not
+    1 anyway. It multiplies the learning rate; training FLOPs leave the measuring out."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; larger ones are scaled down to it."""
     accumulate: int = 1
@@ -83,6 +87,9 @@ class RunConfig:
     """Folder of the run: checkpoints, metrics, plots."""
     epochs: float = 10.0
     """Length of the run and of its schedule, in passes over the training data."""
+    init_from: Path | None = None
+    """Weights to start from: the folder of a run (its newest checkpoint), or a safetensors file; of
+    the same model, as extract writes them."""
     max_steps: int | None = None
     """Stop after so many steps, in the middle of the schedule; --resume goes on from there."""
     eval_every: int | None = None
@@ -99,6 +106,11 @@ class RunConfig:
     measure_every: int | None = None
     """Steps between measurements of the criteria of partial SGD (alpha, c_norm, c_sim, c_align, q,
     drift) for metrics.jsonl, each at the cost of two steps or so; never where not given."""
+    measure_layers: bool = False
+    """With them, those of every layer (the parameters of each module); at no cost but the lines."""
+    measure_smoothness: bool = False
+    """With them, an estimate of the smoothness L and whether Assumption 3 holds, at the cost of
+    some twenty products with the Hessian, of two gradients or so each."""
     seed: int = 0
     """Seed of initialisation, batches and augmentation."""
     device: str = "auto"
@@ -119,6 +131,9 @@ class RunConfig:
                 _at_least(1, **{name: value})
         if not self.epochs > 0:
             raise ValueError(f"epochs must be > 0, got {self.epochs}")
+        for name in ("measure_layers", "measure_smoothness"):
+            if getattr(self, name) and self.measure_every is None:
+                raise ValueError(f"{name} needs measure_every, which says when")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from maskedtrain.data.digits import Config as DigitsConfig
 from maskedtrain.data.iwslt14 import Config as IWSLT14Config
 from maskedtrain.data.multi30k import Config as Multi30kConfig
 from maskedtrain.data.numbers import Config as NumbersConfig
+from maskedtrain.data.sst2 import Config as SST2Config
 from maskedtrain.data.wmt17 import Config as WMT17Config
 from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
@@ -18,6 +19,7 @@ from maskedtrain.methods.cores import CoreKind
 from maskedtrain.methods.slimmable import Config as SlimmableConfig
 from maskedtrain.methods.standard import Config as StandardConfig
 from maskedtrain.models.resnet import Config as ResNetConfig
+from maskedtrain.models.text_classifier import Config as TextClassifierConfig
 from maskedtrain.models.transformer import Config as TransformerConfig
 
 __all__ = ["PRESETS", "preset"]
@@ -89,6 +91,16 @@ _EXPERIMENTS: dict[str, tuple[TrainConfig, dict[str, MethodConfig]]] = {
             run=RunConfig(epochs=5.0),
         ),
         _text_rows("lowrank", 1 / 32),
+    ),
+    # A bag of words: a minute on two CPU cores.
+    "sst2-width": (
+        TrainConfig(
+            SST2Config(),
+            TextClassifierConfig(encoder="bag", dropout=0.3),
+            optim=OptimConfig("adamw", lr=2e-3, weight_decay=1e-2, warmup_steps=100),
+            run=RunConfig(epochs=5.0, log_every=50),
+        ),
+        _text_rows("width", 1 / 4),
     ),
     # For two CPU cores and half an hour.
     "multi30k-lowrank": (

@@ -4,10 +4,10 @@ train.
 
 from __future__ import annotations
 
-import copy
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -15,18 +15,22 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskedtrain.layers.base import Active, Copier, MaskedModule
 from maskedtrain.layers.norm import SwitchNorm
 from maskedtrain.layers.zeroed import check_full_width, zeroed
-from partial_kernels import Full, Mask
+from partial_kernels import Full, Index, Mask, Prefix
 from partial_kernels.masks import union
 
-__all__ = ["Kept", "SubNetwork", "active_count"]
+__all__ = ["Kept", "SubNetwork", "Width", "active_count", "region", "widths_of"]
 
-Kept = Callable[[str, int], int]
-"""``kept(name, total)``: how many of a width's channels or neurons a sub-network keeps."""
+Width = int | Tensor | None
+"""Channels or neurons that are kept: the first so many, those at sorted int64 positions, or all."""
+
+Kept = Callable[[str, int], Width]
+"""``kept(name, total)``: what a sub-network keeps of a width."""
 
 
 class SubNetwork:
@@ -85,6 +89,31 @@ class SubNetwork:
                 raise ValueError(
                     f"{parameter} is tied to a parameter with another mask: {earlier}, {mask}"
                 )
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Let modules know of the droppable children that are wholly outside; nothing in these
+        will run.
+        """
+        outside: dict[nn.Module, dict[str, None]] = {
+            module: {n: None for n, child in module.droppable().items() if self._is_outside(child)}
+            for module in self.model.modules()
+            if isinstance(module, MaskedModule)
+        }
+        if not any(outside.values()):
+            return
+        running: set[nn.Module] = set()
+        _reach(self.model, outside, running)
+        self._plain = [(module, partial) for module, partial in self._plain if module in running]
+        self._aware = [
+            (module, replace(active, masks={**active.masks, **outside.get(module, {})}))
+            for module, active in self._aware
+            if module in running
+        ]
+
+    def _is_outside(self, child: nn.Module) -> bool:
+        parameters = list(child.parameters())
+        return bool(parameters) and all(self.mask_of(p) is None for p in parameters)
 
     @classmethod
     def layers_changed(cls, layers: Iterable[nn.Module]) -> None:
@@ -146,8 +175,8 @@ class SubNetwork:
 
         Args:
             model: one with ``width_masks(kept) -> {parameter name: mask}``, where
-                ``kept(name, total)`` says how many of a width's channels or neurons stay, such as
-                the models of ``maskedtrain.models``.
+                ``kept(name, total)`` says which of a width's channels or neurons stay, such as the
+                models of ``maskedtrain.models``.
             ratio: in (0, 1], for all widths; or by pattern of their names, as in
                 ``{"layer4*": 0.25, "*": 0.5}``, where the first that matches counts and widths
                 that none matches stay whole.
@@ -155,13 +184,8 @@ class SubNetwork:
             separate_norm: give the sub-network batch norms of its own (adds parameters to the
                 model's ``SwitchNorm`` layers: make the optimizer afterwards).
         """
-        if not hasattr(model, "width_masks"):
-            raise TypeError(
-                f"{type(model).__name__} has no width_masks(kept); name the masks yourself: "
-                "SubNetwork(model, {parameter name: mask}, name=...)"
-            )
         kept = _Ratios({"*": ratio} if isinstance(ratio, float | int) else ratio, round_to)
-        masks: dict[str, Mask | None] = dict(model.width_masks(kept))  # pyright: ignore[reportCallIssue]
+        masks = _width_masks(model, kept)
         kept.check_used()
         if separate_norm:
             for prefix, module in model.named_modules():
@@ -171,6 +195,73 @@ class SubNetwork:
                     module.add_branch(name, mask)
                     del masks[weight]
         return cls(model, masks, name=name)
+
+    @classmethod
+    def neurons(cls, model: nn.Module, kept: Mapping[str, Tensor], *, name: str) -> SubNetwork:
+        """The network of any neurons of some widths; the others stay whole.
+
+        Batch norms are the super-network's own, over the channels that stay.
+
+        Args:
+            model: as for ``width``.
+            kept: by name of the width (``widths_of`` lists them), sorted int64 positions of the
+                neurons or channels that stay.
+            name: what the sub-network is called.
+
+        Raises:
+            ValueError: there is no width of this name, or positions are no part of it.
+
+        Example:
+            >>> half = SubNetwork.neurons(mlp, {"hidden.0": torch.arange(0, 500, 2)}, name="half")
+        """
+        widths = widths_of(model)
+        for width in kept:
+            if width not in widths:
+                raise ValueError(f"the model has no width {width!r}{_near(width, widths)}")
+        return cls(model, _width_masks(model, lambda width, _: kept.get(width)), name=name)
+
+    def without(self, patterns: Sequence[str], *, name: str = "core") -> SubNetwork:
+        """This sub-network less all parameters that a pattern matches.
+
+        A branch of a ``Sum``, or a block of a ``ResNet`` whose skip connection is the identity, of
+        which nothing is left is not computed; elsewhere parameters outside count as zero.
+
+        Args:
+            patterns: of names as in ``model.named_parameters()``, as in ``fnmatch``.
+            name: what the new sub-network is called; this one's, if it has norms of its own that
+                the new one is to use.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or one that has another name, too, which
+                none matches.
+
+        Example:
+            >>> core = SubNetwork.full(model).without(["wide.*"])
+        """
+        if isinstance(patterns, str) or not patterns:
+            raise ValueError(f"patterns must be a list of patterns, got {patterns!r}")
+        known = dict(self.model.named_parameters(remove_duplicate=False))
+        outside: dict[str, Mask | None] = {}
+        for pattern in patterns:
+            matching = [parameter for parameter in known if fnmatchcase(parameter, pattern)]
+            if not matching:
+                raise ValueError(
+                    f"{pattern!r} matches no parameter of the model{_near(pattern, known)}"
+                )
+            outside.update(dict.fromkeys(matching))
+        gone = {known[parameter] for parameter in outside}
+        for parameter, tensor in known.items():
+            if tensor in gone and parameter not in outside:
+                raise ValueError(f"{parameter} is tied to a parameter that is left out; name both")
+        return SubNetwork(self.model, {**self._given, **outside}, name=name)
+
+    def change(self, masks: Mapping[str, Mask | None]) -> None:
+        """Become the sub-network of other masks, as the object it is: who holds it follows.
+
+        Raises:
+            ValueError: as when one is made; nothing has changed then.
+        """
+        vars(self).update(vars(SubNetwork(self.model, masks, name=self.name)))
 
     def __repr__(self) -> str:
         return f"SubNetwork({self.name!r}, {self.numel():,} parameters)"
@@ -247,7 +338,9 @@ class SubNetwork:
         structure.
 
         The model's own container classes stay; none of this package's layers is left, so that
-        nothing is masked any more and outputs equal the active sub-network's.
+        nothing is masked any more and outputs equal the active sub-network's. A ``Sum`` stays one
+        of the branches that are left, and is the branch where that is one; a stage of a ``ResNet``
+        is the sequence of its blocks that are left, under their own names.
 
         Args:
             share: parameters and buffers are views onto the super-network's storage instead of
@@ -257,18 +350,18 @@ class SubNetwork:
         if share:
             self._check_views()
         copier = Copier(share=share)
-        replaced: dict[int, Any] = {}
         for module, partial in self._plain:
             check_full_width(module, partial)
             for name, parameter in module.named_parameters(recurse=False):
-                replaced[id(parameter)] = copier.parameter(parameter, partial.get(name, Full()))
-        for module, active in self._aware:
-            replaced[id(module)] = module.plain(active.masks, self.name, copier)
+                copier.memo[id(parameter)] = copier.parameter(parameter, partial.get(name, Full()))
         if share:
-            replaced.update((id(buffer), buffer) for buffer in self.model.buffers())
+            copier.memo.update((id(buffer), buffer) for buffer in self.model.buffers())
         # No module is to be copied in the guise that an outer activation may have given it.
         with SubNetwork.full(self.model).activate():
-            return copy.deepcopy(self.model, replaced)
+            # What has children copies them, after what is in them.
+            for module, active in sorted(self._aware, key=lambda pair: len([*pair[0].modules()])):
+                copier.memo[id(module)] = module.plain(active.masks, self.name, copier)
+            return copier.module(self.model)
 
     def _check_views(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -290,7 +383,9 @@ class SubNetwork:
         counter = FlopCounterMode(display=False)
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         fakes = FakeTensorMode(allow_non_fake_inputs=True)  # the masks' own tensors stay real
-        with fakes as mode, self.activate(), counter, torch.set_grad_enabled(training):
+        # torch has no formula for attention's fused kernel on the CPU: it would count as nothing.
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with fakes as mode, self.activate(), plain, counter, torch.set_grad_enabled(training):
             # Fake twins, so that a forward in training mode cannot move running statistics.
             state: dict[str, Tensor] = {
                 n: mode.from_tensor(tensor) for n, tensor in tensors.items()
@@ -301,6 +396,49 @@ class SubNetwork:
                 wanted = [tensor for tensor in state.values() if tensor.requires_grad]
                 torch.autograd.grad(output.sum(), wanted, allow_unused=True)
         return counter.get_total_flops()
+
+
+def _reach(
+    module: nn.Module, left_out: Mapping[nn.Module, Collection[str]], found: set[nn.Module]
+) -> None:
+    """Find the modules within this one that a forward pass may call."""
+    found.add(module)
+    for name, child in module.named_children():
+        if child not in found and name not in left_out.get(module, ()):
+            _reach(child, left_out, found)
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """The hidden widths that sub-networks of a model may cut, and how many neurons or channels each
+    has.
+
+    Raises:
+        TypeError: the model has no ``width_masks(kept)``.
+    """
+    found: dict[str, int] = {}
+
+    def note(name: str, total: int) -> None:
+        found[name] = total
+
+    _width_masks(model, note)
+    return found
+
+
+def _width_masks(model: nn.Module, kept: Kept) -> dict[str, Mask | None]:
+    if not hasattr(model, "width_masks"):
+        raise TypeError(
+            f"{type(model).__name__} has no width_masks(kept); name the masks yourself: "
+            "SubNetwork(model, {parameter name: mask}, name=...)"
+        )
+    return dict(model.width_masks(kept))  # pyright: ignore[reportCallIssue]
+
+
+def region(rows: Width, cols: Width = None) -> Mask:
+    """The mask of a layer's kept rows and columns."""
+    if isinstance(rows, Tensor) or isinstance(cols, Tensor):
+        ends = (torch.arange(n) if isinstance(n, int) else n for n in (rows, cols))
+        return Index(*ends)
+    return Prefix(rows, cols)
 
 
 class _Ratios:

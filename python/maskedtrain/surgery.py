@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from maskedtrain.layers import LFCLinear, MaskedLinear, MaskedModule
+from maskedtrain.layers import LFCLinear, MaskedLinear, MaskedModule, Sum
 from maskedtrain.layers.base import row_mask
 from maskedtrain.layers.lfc import LFCInit
 from maskedtrain.patterns import kind_of, linears_of, matching
-from maskedtrain.subnetwork import Kept, SubNetwork, _Ratios
+from maskedtrain.subnetwork import SubNetwork, _Ratios
 from partial_kernels import Block, Element, Mask, Prefix
 
-__all__ = ["Heads", "check_layer", "leave_fast_path", "lowrank", "width"]
+__all__ = ["Heads", "check_layer", "layerwise_sum", "leave_fast_path", "lowrank", "width"]
 
 # Blocks below a tensor core's tile cost more than they save.
 _SMALLEST_BLOCK = 16
@@ -170,6 +170,63 @@ def lowrank(
     return SubNetwork(model, masks, name=name)
 
 
+def layerwise_sum(
+    model: nn.Module, extensions: Mapping[str, nn.Module], *, name: str = "core"
+) -> SubNetwork:
+    """The network there was, in one whose chosen layers add another's output to their own.
+
+    Each chosen layer is replaced by ``Sum(core=layer, extension=other)``: ``y = layer(x) +
+    other(x)``, in every place that the layer has in the model. The sub-network leaves the
+    extensions out. Parameters get longer names (``fc.weight`` becomes ``fc.core.weight``): make
+    other sub-networks, and the optimizer, afterwards. What reads a chosen layer's weight instead of
+    calling it fails; torch's inference fast path of ``nn.TransformerEncoder`` is switched off.
+
+    For low-rank cores there is ``lowrank``, whose layers compute the sum as one product.
+
+    Args:
+        model: any module.
+        extensions: by the name of a module below the model, the module to add to it, with
+            parameters that are not the model's.
+        name: what the sub-network is called.
+
+    Raises:
+        ValueError: the model has no module of such a name, or an extension has no parameters or
+            shares them with the model. Nothing has changed then.
+
+    Source: section 3.4 of "Masked Training of Neural Networks with Partial Gradients" (AISTATS
+    2022).
+
+    Example:
+        >>> core = layerwise_sum(mlp, {"hidden.0": nn.Linear(784, 500)})
+        >>> method = ATS([SubNetwork.full(mlp), core])
+    """
+    if not extensions:
+        raise ValueError("extensions must name at least one layer, got none")
+    layers = {n: module for n, module in model.named_modules(remove_duplicate=False) if n}
+    owned = set(model.parameters())
+    added: set[nn.Parameter] = set()
+    sums: dict[nn.Module, Sum] = {}
+    for layer_name, extension in extensions.items():
+        layer = layers.get(layer_name)
+        if layer is None or layer in sums:
+            problem = "has no module" if layer is None else "has another extension for"
+            raise ValueError(f"the model {problem} {layer_name!r}")
+        parameters = set(extension.parameters())
+        if not parameters or parameters & owned:
+            raise ValueError(
+                f"the extension of {layer_name} must have parameters, none of them the model's"
+            )
+        added |= parameters
+        sums[layer] = Sum(core=layer, extension=extension)
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module in sums:
+                parent._modules[child] = sums[module]
+    leave_fast_path(model, sums.values())
+    named = model.named_parameters(remove_duplicate=False)
+    return SubNetwork(model, {n: None for n, p in named if p in added}, name=name)
+
+
 def _targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
     """The layers that one of the patterns matches, by each of their names."""
     linears = linears_of(model)
@@ -204,7 +261,7 @@ def _become(layer: nn.Linear, other: nn.Linear) -> None:
 class _Cuts:
     """How many rows and columns of which layers a narrow network keeps."""
 
-    def __init__(self, model: nn.Module, kept: Kept) -> None:
+    def __init__(self, model: nn.Module, kept: _Ratios) -> None:
         self.model = model
         self.kept = kept
         self.linears = linears_of(model)

@@ -14,11 +14,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import partial_kernels as pk
-from maskedtrain import SubNetwork
+from maskedtrain import SubNetwork, Trainer
 from maskedtrain.layers import MaskedLinear
-from maskedtrain.methods.base import Pass
+from maskedtrain.methods import ATS, Extragradient, Slimmable
+from maskedtrain.methods.base import Method, Pass, Plan
 from maskedtrain.models import resnet8
-from maskedtrain.theory.criteria import Criteria, Measured, criteria, measure
+from maskedtrain.optim import MaskedSGD
+from maskedtrain.theory.criteria import (
+    Criteria,
+    Loss,
+    Measured,
+    criteria,
+    measure,
+    measure_plan,
+    measure_step,
+)
 
 SEEDS = st.integers(0, 2**31)
 
@@ -257,3 +267,175 @@ def test_norms_of_its_own_do_not_count_as_moved() -> None:
     assert own
     assert all(found.by_parameter[name].displacement_sq == 0 for name in own)
     assert found.whole.displacement_sq > 0
+
+
+def test_layers_add_up_the_parameters_of_their_own() -> None:
+    model, core, loss = made()
+    found = measure(model, Pass(core), loss)
+    layers = found.by_layer()
+    assert list(layers) == ["first", "second", "norm"]
+    bias, weight = (found.by_parameter[f"first.{name}"] for name in ("bias", "weight"))
+    assert close(layers["first"], bias + weight)
+    assert close(sum(layers.values(), start=Criteria(0, 0, 0, 0)), found.whole)
+    # What a module holds itself has no name but its own.
+    assert list(Measured(bias, {"scale": bias}).by_layer()) == [""]
+
+
+# On several batches.
+
+SIZES = (3, 5, 8)
+
+
+def full_data(model: Model) -> tuple[Loss, Loss]:
+    """The mean loss over the same 16 examples: of one batch, and of several of different sizes."""
+    x, y = random(1, 16, 5), random(2, 16, 3)
+
+    def of_batch(x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+        return lambda: (model(x) - y).square().mean()
+
+    parts = zip(x.split(SIZES), y.split(SIZES), strict=True)
+    return of_batch(x, y), [(of_batch(*part), len(part[0])) for part in parts]
+
+
+def independent_of_batches() -> tuple[Model, SubNetwork]:
+    """A model whose examples do not know of each other."""
+    model, core, _ = made()
+    model.dropout.p = 0.0
+    model.norm.eval()
+    return model, core
+
+
+def test_the_full_data_are_one_big_batch() -> None:
+    model, core = independent_of_batches()
+    at_once, parts = full_data(model)
+    whole, found = (measure(model, Pass(core), loss) for loss in (at_once, parts))
+    assert whole.whole.q > 1.01
+    assert close(found.whole, whole.whole)
+    for name, one in whole.by_parameter.items():
+        assert close(found.by_parameter[name], one), name
+    # Not the mean of the batches' means.
+    assert not isinstance(parts, Callable)
+    equal = measure(model, Pass(core), [(loss, 1.0) for loss, _ in parts])
+    assert not close(equal.whole, whole.whole)
+    # Only ratios of weights matter.
+    scaled = measure(model, Pass(core), [(loss, 0.1 * weight) for loss, weight in parts])
+    assert close(scaled.whole, whole.whole)
+
+
+@pytest.mark.parametrize("kind", ["two", "same", "fresh"])
+def test_a_step_on_the_full_data_is_one_on_a_big_batch(kind: str) -> None:
+    """Passes that say where to go go by the gradient of all batches, too."""
+    found = []
+    for several in (False, True):
+        model, core = independent_of_batches()
+        full, losses = SubNetwork.full(model), full_data(model)
+        plan = Plan((Pass(full), Pass(core, loss_weight=64.0)), update=full)
+        if kind != "two":
+            # Uphill, where gradients are larger: alpha is less than 1.
+            plan = Extragradient(full, distance=0.3, look=kind, sign=1).plan(0)
+        found.append(measure_step(model, plan, *[losses[several]] * 2))
+    whole, parts = found
+    assert 0 < whole.alpha < 1
+    assert parts.alpha == pytest.approx(whole.alpha, rel=1e-9)
+    assert list(parts.passes) == list(whole.passes)
+    for name, one in whole.passes.items():
+        assert close(parts.passes[name].whole, one.whole)
+    assert max(one.whole.drift for one in whole.passes.values()) > 0
+
+
+def test_all_passes_draw_the_same_numbers_batch_by_batch() -> None:
+    """Also where one pass draws fewer than another: the core has half the dropout."""
+    model, core, _ = made()
+    full, (_, parts) = SubNetwork.full(model), full_data(model)
+    drawn: list[float] = []
+
+    def noted(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def drawing() -> Tensor:
+            drawn.append(torch.rand(()).item())
+            return loss()
+
+        return drawing
+
+    assert not isinstance(parts, Callable)
+    losses = [(noted(loss), weight) for loss, weight in parts]
+    found = measure_plan(model, Plan((Pass(core), Pass(full)), update=full), losses)
+    # At x, of the core, of the whole network: batch after batch.
+    batches = [drawn[i : i + 3] for i in range(0, 9, 3)]
+    assert len(drawn) == 9 and all(len(set(batch)) == 1 for batch in batches)
+    assert len(set(drawn)) == 3
+    assert found["full"].whole.q == pytest.approx(1.0, rel=1e-12)
+    assert found["core"].whole.q > 1.01
+
+
+def most_bytes_held(measured: Callable[[], object]) -> int:
+    """The most bytes that graphs held at once."""
+    held = most = 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal held, most
+            self.tensor = tensor
+            held += tensor.nbytes
+            most = max(most, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        measured()
+    assert held == 0
+    return most
+
+
+def test_the_graph_of_one_batch_is_held_at_a_time() -> None:
+    model, core = independent_of_batches()
+    x = random(1, 64, 5)
+    one = lambda: model(x).square().mean()  # noqa: E731
+    item, plan = Pass(core), Slimmable([SubNetwork.full(model), core]).plan(0)
+    single = most_bytes_held(lambda: measure(model, item, one))
+    assert single > 64 * (5 + 8) * 8
+    assert most_bytes_held(lambda: measure(model, item, [(one, 1.0)] * 6)) == single
+    assert most_bytes_held(lambda: measure_step(model, plan, [(one, 1.0)] * 6)) == single
+    # What there would be of all of them.
+    at_once = most_bytes_held(lambda: measure(model, item, lambda: sum(one() for _ in range(6))))  # pyright: ignore[reportArgumentType]
+    assert at_once > 5 * single
+
+
+@pytest.mark.parametrize("kind", ["ats", "same", "past"])
+def test_training_does_not_know_of_it(kind: str) -> None:
+    """Bit for bit, with dropout, running statistics and a method that has a state."""
+    states: list[dict[str, Tensor]] = []
+    for measuring in (False, True):
+        model, core, _ = made()
+        full, (_, parts) = SubNetwork.full(model), full_data(model)
+        makes: dict[str, Callable[[], Method]] = {
+            "ats": lambda full=full, core=core: ATS([full, core]),
+            "same": lambda full=full: Extragradient(full, distance=0.1),
+            "past": lambda full=full: Extragradient(full, distance=0.1, look="past"),
+        }
+        method = makes[kind]()
+        optimizer = MaskedSGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = Trainer(model, method, optimizer, nn.functional.mse_loss)
+        torch.manual_seed(3)
+        data = [(random(i, 8, 5), random(10 + i, 8, 3)) for i in range(4)]
+        for report in trainer.steps(data, until=4):
+            if measuring:
+                measure_step(model, method.plan(report.step), parts)
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [2.0, -1.0], [math.nan, 1.0], [math.inf]])
+def test_weights_that_make_no_mean(weights: list[float]) -> None:
+    model, core, loss = made()
+    with pytest.raises(ValueError, match="weights of batches must be >= 0, finite and not all 0"):
+        measure(model, Pass(core), [(loss, weight) for weight in weights])
+
+
+def test_a_fresh_batch_has_to_be_given() -> None:
+    model, _, loss = made()
+    plan = Extragradient(SubNetwork.full(model), distance=0.1, look="fresh").plan(0)
+    with pytest.raises(ValueError, match=r"run on 2 mini-batches: measuring needs .* got 1"):
+        measure_step(model, plan, loss)

@@ -44,7 +44,15 @@ EVERYTHING = TrainConfig(
     ResNetConfig(depth=50, stem="imagenet", width=16),
     SlimmableConfig(ratios=(0.75, 0.25), round_to=8),
     OptimConfig("adamw", lr=1e-3, betas=(0.8, 0.95), milestones=(), clip_grad_norm=1.5),
-    RunConfig(Path("out"), epochs=0.5, max_steps=20, device="cpu", bf16=True, threads=2),
+    RunConfig(
+        Path("out"),
+        epochs=0.5,
+        init_from=Path("before"),
+        max_steps=20,
+        device="cpu",
+        bf16=True,
+        threads=2,
+    ),
 )
 CONFIGS = {**PRESETS, "default": TrainConfig(), "everything": EVERYTHING}
 
@@ -107,7 +115,7 @@ def setting(path: str, value: Any) -> Change:
             "atss",
             r"unknown config\.method 'atss'; did you mean ats\? \(known: ats, ",
         ),
-        ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: mlp, resnet, transformer\)"),
+        ("model.name", "vgg", r"unknown config\.model 'vgg' \(known: .*mlp, resnet, .*wide_deep\)"),
         ("method", {"ratios": [0.5]}, r"config\.method must be a table with a name, got {'ratios'"),
         ("model", "resnet", r"config\.model must be a table with a name, got 'resnet'"),
         ("data", 3, r"config\.data must be a table with a name, got 3"),
@@ -116,7 +124,7 @@ def setting(path: str, value: Any) -> Change:
         ("data.batch_size", True, r"config\.data\.batch_size must be int, got True"),
         ("data.batch_size", None, r"config\.data\.batch_size must be int, got None"),
         ("data.image_size", "16", r"config\.data\.image_size must be int, got '16'"),
-        ("data.name", "mnist", r"unknown config\.data 'mnist' \(known: cifar10, digits"),
+        ("data.name", "mnist", r"unknown config\.data 'mnist' \(known: cifar10, cola, digits"),
         ("data.augment", 1, r"config\.data\.augment must be bool, got 1"),
         ("optim.lr", "0.1", r"config\.optim\.lr must be float, got '0\.1'"),
         ("optim.lr", True, r"config\.optim\.lr must be float, got True"),
@@ -194,7 +202,14 @@ def test_configurations_do_not_change() -> None:
 
 
 IMAGES = ("digits-resnet8", "cifar10-resnet18")
-TEXT = ("numbers-lowrank", "multi30k-lowrank", "iwslt14-lowrank", "iwslt14-width", "wmt17-lowrank")
+TEXT = (
+    "sst2-width",
+    "numbers-lowrank",
+    "multi30k-lowrank",
+    "iwslt14-lowrank",
+    "iwslt14-width",
+    "wmt17-lowrank",
+)
 
 
 def test_presets_are_the_rows_of_the_experiments() -> None:

@@ -328,7 +328,11 @@ def test_held_out_is_stratified_and_frozen():
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2).long(), r"uint8 \[N, C, H, W\], got float32"),
+        (
+            torch.zeros(2, 3, 4, 4).double(),
+            torch.zeros(2).long(),
+            r"uint8 \[N, C, H, W\], or float32, got float64",
+        ),
         (torch.zeros(2, 4, 4).byte(), torch.zeros(2).long(), r"got uint8 \[2, 4, 4\]"),
         (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2), r"int64 \[2\], got float32 \[2\]"),
         (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), r"int64 \[2\], got int64 \[3\]"),

@@ -205,7 +205,9 @@ def test_a_stock_loop_hands_in_a_fresh_batch() -> None:
     model = network()
     method = Extragradient(SubNetwork.full(model), distance=DISTANCE, look="fresh")
     optimizer = MaskedSGD(model.parameters(), lr=LR)
-    with pytest.raises(ValueError, match="wants a fresh batch"):
+    with pytest.raises(
+        ValueError, match="run on 2 mini-batches: backward needs the loss on each, got 1"
+    ):
         method.plan(0).backward(lambda: model(batches(1)[0][0]).sum())
     data = iter(batches(8))
     for step in range(4):
@@ -213,7 +215,7 @@ def test_a_stock_loop_hands_in_a_fresh_batch() -> None:
         plan = method.plan(step)
         plan.backward(
             lambda x=x, y=y: F.cross_entropy(model(x), y),
-            fresh=lambda x=other_x, y=other_y: F.cross_entropy(model(x), y),
+            lambda x=other_x, y=other_y: F.cross_entropy(model(x), y),
         )
         optimizer.step(plan.update, lr_scale=plan.lr_scale)
         optimizer.zero_grad()

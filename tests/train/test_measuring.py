@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskedtrain import SubNetwork, Trainer, cli
+from maskedtrain.config import RunConfig
 from maskedtrain.methods import ATS, Extragradient, Method, Slimmable
 from maskedtrain.models import MLP
 from maskedtrain.optim import MaskedAdamW
@@ -103,6 +104,53 @@ def test_a_run_logs_them(tmp_path: Path) -> None:
     assert [line["step"] for line in found] == [1, 3]
     assert {"alpha", "c_norm", "c_sim", "c_align", "q", "drift"} <= found[0].keys()
     assert all(line["c_norm"] >= 1 - 1e-6 for line in found)
+
+
+def test_the_smoothness_is_measured_without_a_trace(tmp_path: Path) -> None:
+    weights: list[dict[str, Tensor]] = []
+    for measured in (False, True):
+        model, method = model_and("ats")
+        optimizer = MaskedAdamW(model.parameters())
+        options = {"measure_every": 2, "measure_smoothness": measured}
+        trainer = Trainer(model, method, optimizer, F.cross_entropy, **options)
+        torch.manual_seed(3)
+        reports = list(trainer.steps(batches(4), until=4))
+        assert [report.smoothness is not None for report in reports] == [measured, False] * 2
+        weights.append(model.state_dict())
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+    options = "--preset digits-resnet8-ats --max-steps 2 --measure-every 1 --measure-smoothness"
+    cli.main(["train", *options.split(), "--out", str(tmp_path)])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    full, core = (line for line in lines if line["kind"] == "criteria")
+    # A pass of the whole network is at x: nothing drifts. Half of it is far away.
+    assert full["L"] > 0 and full["drift"] == 0 and full["assumption3"] is True
+    assert core["assumption3"] is (core["drift"] < 1 / (2 * core["L"]))
+
+
+@pytest.mark.parametrize("option", ["measure_layers", "measure_smoothness"])
+def test_an_option_of_no_measurement_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} needs measure_every"):
+        RunConfig(**{option: True})
+
+
+def test_a_run_logs_every_layer(tmp_path: Path) -> None:
+    boards = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = "--preset digits-resnet8-ats --max-steps 2 --measure-every 1 --measure-layers"
+    cli.main(["train", *options.split(), "--out", str(tmp_path)])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "criteria" and line["subnet"] == "core"]
+    whole, *layers = found
+    assert "layer" not in whole
+    assert {"conv1", "layer1.0.conv2", "fc"} <= {line["layer"] for line in layers}
+    # Norms that the super-network has for itself are all that the core's mask loses: infinite.
+    norms = {line["layer"]: line["c_norm"] for line in layers}
+    assert norms["bn1"] is None
+    assert min(norm for norm in norms.values() if norm is not None) < whole["c_norm"]
+    board = boards.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert {"c_norm/criteria/core", "c_norm/criteria/core/fc"} <= set(board.Tags()["scalars"])
 
 
 def test_a_negative_interval_is_refused() -> None:

@@ -21,6 +21,7 @@ from maskedtrain.methods.slimmable import Config as SlimmableConfig
 from maskedtrain.methods.standard import Config as StandardConfig
 from maskedtrain.models import resnet8
 from maskedtrain.optim import MaskedAdamW, MaskedSGD
+from maskedtrain.optim.base import MaskedOptimizer
 from tests.train.toolbox import gradients, noise, snapshot
 
 BATCH = 8
@@ -171,7 +172,7 @@ class LargestRow(Method):
         row = SubNetwork(self.full.model, masks, name="row")
         return replace(plan, update=row, lr_scale=0.5)
 
-    def after_step(self, step: int, plan: Plan) -> None:
+    def after_step(self, step: int, plan: Plan, optimizer: MaskedOptimizer) -> None:
         self.counts[self.row] += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def test_a_method_of_ones_own() -> None:
         plan = method.after_backward(step, plan)
         optimizer.step(plan.update, lr_scale=plan.lr_scale)
         optimizer.zero_grad()
-        method.after_step(step, plan)
+        method.after_step(step, plan, optimizer)
         row = int(grad.norm(dim=1).argmax())
         weight = before["0.weight"].clone()
         weight[row] -= 0.05 * (grad[row] + decay * weight[row])

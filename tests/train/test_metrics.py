@@ -201,13 +201,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that were saved."""
     pytest.importorskip("matplotlib")
     figures: list = []
-    save = metrics._save
+    save = metrics.save_figure
 
     def record(figure: Any, out_png: Path) -> None:
         figures.append(figure)
         save(figure, out_png)
 
-    monkeypatch.setattr(metrics, "_save", record)
+    monkeypatch.setattr(metrics, "save_figure", record)
     return figures
 
 

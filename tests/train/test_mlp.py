@@ -10,6 +10,7 @@ import partial_kernels as pk
 from maskedtrain import MaskedLinear, SubNetwork, models
 from maskedtrain.config import TrainConfig
 from maskedtrain.data.digits import Config as DigitsConfig
+from maskedtrain.methods import Pass, Plan
 from maskedtrain.models import MLP
 from maskedtrain.models.mlp import Config
 from maskedtrain.tasks import make_task
@@ -68,5 +69,6 @@ def test_options_and_sizes_of_the_data() -> None:
     products = 100 * 7 + 7 * 10
     assert task.unit_flops(full) == 2 * products
     # Of the first layer there is no dx; the model comes back in its mode.
-    assert task.batch_flops(full)(torch.empty(6, 1, 10, 10)) == 6 * 2 * (3 * products - 700)
+    flops = task.batch_flops(Plan((Pass(full),), update=full))
+    assert flops(torch.empty(6, 1, 10, 10)) == 6 * 2 * (3 * products - 700)
     assert not model.training

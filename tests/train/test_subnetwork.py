@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import partial_kernels as pk
 from maskedtrain import SubNetwork, SwitchNorm
-from maskedtrain.subnetwork import active_count
+from maskedtrain.models import MLP, Transformer, resnet8
+from maskedtrain.subnetwork import active_count, widths_of
 from tests.train.toolbox import (
     TOKENS,
     Tied,
@@ -266,3 +269,40 @@ def test_active_count(total: int, ratio: float, count: int) -> None:
 def test_active_count_out_of_range(ratio: float, round_to: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         active_count(64, ratio, round_to)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (MLP(6, (8, 10), 3), (noise(4, 6),)),
+        (resnet8(width=8), (noise(4, 3, 8, 8),)),
+        (
+            Transformer(11, 11, d_model=16, heads=2, ffn=12, encoder_layers=1, decoder_layers=1),
+            (torch.randint(1, 11, (3, 5)), torch.randint(1, 11, (3, 4))),
+        ),
+    ],
+    ids=["mlp", "resnet", "transformer"],
+)
+def test_any_neurons_of_a_width(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """What is left computes as the whole model does with the others' parameters at zero."""
+    model.eval()
+    odd = {name: torch.arange(1, size, 2) for name, size in widths_of(model).items()}
+    some = SubNetwork.neurons(model, odd, name="odd")
+    without = copy.deepcopy(model)
+    with torch.no_grad():
+        for other, parameter in zip(without.parameters(), model.parameters(), strict=True):
+            mask = some.mask_of(parameter)
+            assert mask is not None
+            other.mul_(mask.dense(other.shape))
+    with some.activate():
+        torch.testing.assert_close(model(*inputs), without(*inputs))
+    half = SubNetwork.width(model, 0.5, round_to=1, separate_norm=False)
+    assert some.flops(*inputs) == half.flops(*inputs)
+
+
+def test_neurons_names_the_widths_it_does_not_know() -> None:
+    model = MLP(6, (8,), 3)
+    with pytest.raises(ValueError, match=r"no width 'hiden\.0'; did you mean 'hidden\.0'"):
+        SubNetwork.neurons(model, {"hiden.0": torch.arange(3)}, name="few")
+    with pytest.raises(ValueError, match="must be < 8, got 8"):
+        SubNetwork.neurons(model, {"hidden.0": torch.arange(9)}, name="many")

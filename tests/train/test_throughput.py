@@ -2,35 +2,101 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
+from torch import nn
+
+from maskedtrain import SubNetwork
+from maskedtrain.methods import Pass, Plan
 from maskedtrain.training.throughput import Meter, matmul_flops_per_s
 
+MODEL = nn.Linear(3, 2)
+FULL = SubNetwork.full(MODEL)
+CORE = SubNetwork(MODEL, {"bias": None}, name="core")
+FLOPS = {"full": 100, "core": 10}
 
-def test_a_network_is_charged_for_its_own_steps():
-    flops = {"full": lambda inputs: 100 * len(inputs), "core": lambda inputs: 10 * len(inputs)}
-    meter = Meter(flops, peak_flops_per_s=1000.0)
-    targets = torch.tensor([1, 2, -100])
-    stream = meter.seen([([0] * 3, targets)] * 5)
 
+def plan(*passes: Pass) -> Plan:
+    return Plan(passes, update=passes[0].subnet)
+
+
+def batch_flops(plan: Plan) -> Callable[[list[int]], int]:
+    (one,) = plan.passes
+    return lambda inputs: FLOPS[one.subnet.name] * len(inputs)
+
+
+def batches(count: int) -> Iterator[Any]:
+    return iter([([0] * 3, torch.tensor([1, 2, -100]))] * count)
+
+
+def test_a_network_is_charged_for_its_own_steps() -> None:
+    meter = Meter(batch_flops, peak_flops_per_s=1000.0)
+    stream = meter.seen(batches(5))
     next(stream)
     next(stream)
-    assert meter.step(["full"], 2.0) == 600
+    assert meter.step(plan(Pass(FULL)), 2.0) == 600
     next(stream)
-    assert meter.step(["core"], 0.5) == 30
+    assert meter.step(plan(Pass(CORE)), 0.5) == 30
     # Two batches of 2 targets each in 2 seconds, 600 FLOPs of the 2,000 that were possible.
     assert meter.rates("full") == {"targets_per_s": 2.0, "flop_utilization": 0.3}
     assert meter.rates("core") == {"targets_per_s": 4.0, "flop_utilization": 0.06}
     # From then on it counts anew; a step of both costs both and is both's.
     next(stream)
-    assert meter.step(["full", "core"], 1.0) == 330
+    assert meter.step(plan(Pass(FULL), Pass(CORE)), 1.0) == 330
     assert meter.rates("full") == meter.rates("core")
     next(stream)
-    assert meter.step(["full"], 3.0) == 300
+    assert meter.step(plan(Pass(FULL)), 3.0) == 300
     assert meter.rates("full") == {"targets_per_s": 2 / 3, "flop_utilization": 0.1}
 
 
-def test_measuring_the_machine_draws_no_random_numbers():
+def test_every_pass_is_charged_for_the_batches_it_runs_on() -> None:
+    meter = Meter(batch_flops, peak_flops_per_s=1000.0)
+    stream = meter.seen(batches(6))
+    next(stream)
+    # Twice on the same batch, as an extragradient step does.
+    assert meter.step(plan(Pass(FULL), Pass(FULL)), 1.0) == 600
+    # Two mini-batches, accumulated over two batches each: one for either pass.
+    for _ in range(4):
+        next(stream)
+    assert meter.step(plan(Pass(FULL), Pass(CORE, batch=1)), 1.0) == 660
+
+
+def test_one_network_stands_for_those_that_are_drawn() -> None:
+    counted: list[SubNetwork] = []
+
+    def noted(plan: Plan) -> Callable[[Any], int]:
+        counted.append(plan.passes[0].subnet)
+        return batch_flops(plan)
+
+    meter = Meter(noted, 1000.0, {"core": CORE})
+    stream = meter.seen(batches(2))
+    for _ in range(2):
+        next(stream)
+        drawn = SubNetwork(MODEL, {"weight": None}, name="core")
+        assert meter.step(plan(Pass(drawn)), 1.0) == 30
+    assert counted == [CORE]
+
+
+def test_a_model_that_shrinks_is_counted_again() -> None:
+    model = nn.Linear(3, 2)
+    full = SubNetwork.full(model)
+
+    def counted(_: Plan) -> Callable[[Any], int]:
+        size = model.weight.numel()
+        return lambda _: size
+
+    meter = Meter(counted, peak_flops_per_s=1000.0)
+    stream = meter.seen(batches(2))
+    next(stream)
+    assert meter.step(plan(Pass(full)), 1.0) == 6
+    model.weight = nn.Parameter(torch.zeros(1, 3))
+    next(stream)
+    assert meter.step(plan(Pass(full)), 1.0) == 3
+
+
+def test_measuring_the_machine_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     rate = matmul_flops_per_s(torch.device("cpu"), torch.float32)
     assert 1e8 < rate < 1e15

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from maskedtrain import cli
 from maskedtrain.data.numbers import Config as NumbersConfig
 from maskedtrain.data.vocabulary import EOS, Vocabulary
+from maskedtrain.methods import Pass, Plan
 from maskedtrain.tasks.translation import Task
 from maskedtrain.training.console import Console
 from maskedtrain.training.loop import evaluate
@@ -111,7 +112,7 @@ def test_a_run_cut_in_an_epoch_goes_on_bitwise(
 def test_flops_by_the_formula_are_those_that_torch_counts(trained: Path):
     run, task = restored(trained)
     for name, subnet in run.method.subnets.items():
-        flops = task.batch_flops(subnet)
+        flops = task.batch_flops(Plan((Pass(subnet),), update=subnet))
         for sentences, source, target in ((40, 13, 11), (30, 9, 20), (64, 6, 5)):
             inputs = task._inputs(sentences, source, target)
             assert flops(inputs) == subnet.flops(*inputs, training=True), name
@@ -121,7 +122,9 @@ def test_flops_by_the_formula_are_those_that_torch_counts(trained: Path):
 
 def test_training_flops_add_up(trained: Path):
     run, task = restored(trained)
-    counts = {name: task.batch_flops(s) for name, s in run.method.subnets.items()}
+    counts = {
+        name: task.batch_flops(Plan((Pass(s),), update=s)) for name, s in run.method.subnets.items()
+    }
     stream = task.train_batches().stream()
     total = 0
     logged = [r for r in read_metrics(trained / "metrics.jsonl") if r["kind"] == "train"]

@@ -42,9 +42,7 @@ def load_checkpoint(run: Run, subnet: SubNetwork, options: Checkpoint) -> int:
         best = run.best(subnet.name)
         if not best.steps():
             raise ValueError(f"{run.folder} kept no best weights of {subnet.name}: --select best")
-        checkpoint = best.load()
-        run.model.load_state_dict(checkpoint.weights)
-        return checkpoint.state["passes"]
+        return run.load_best(subnet.name).state["passes"]
     checkpoint = run.load_weights(options.step, average=options.average)
     return checkpoint.state["trainer"]["passes"][subnet.name]
 

@@ -22,15 +22,20 @@ Interpolation = Literal["bilinear", "nearest"]
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Labelled images: `images` uint8 [N, C, H, W], `labels` int64 [N], on one device."""
+    """Labelled images: `images` [N, C, H, W], `labels` int64 [N], on one device.
+
+    Images are uint8 levels, of which 255 is 1, or float32 values.
+    """
 
     images: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 [N, C, H, W], got {_describe(images)}")
+        if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
+            raise ValueError(
+                f"images must be uint8 [N, C, H, W], or float32, got {_describe(images)}"
+            )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be int64 [{len(images)}], got {_describe(labels)}")
         if labels.device != images.device:
@@ -164,8 +169,9 @@ class ImageConfig(DataConfig):
 class BatchLoader:
     """Batches of a split: float32 images [B, C, H, W], normalised, and int64 labels [B].
 
-    The split lives on `device` as uint8; gathering, augmentation and normalisation
-    (x / 255 - mean) / std run there, without a host synchronisation between batches.
+    The split lives on `device` as it is; gathering, augmentation and normalisation
+    (x / 255 - mean) / std (of float images: (x - mean) / std) run there, without a host
+    synchronisation between batches.
 
     :meth:`stream` is for training: endless, advances the position (`epoch`, `batch`).
     ``for images, labels in loader`` is for evaluation: one pass over the current epoch from its
@@ -215,10 +221,11 @@ class BatchLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        # (x / 255 - mean) / std as one product and one sum.
+        one = 255 if split.images.dtype == torch.uint8 else 1
+        # (x / one - mean) / std as one product and one sum.
         mean_C11 = torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1)
         std_C11 = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
-        self._scale_C11 = (1 / (255 * std_C11)).to(device, torch.float32)
+        self._scale_C11 = (1 / (one * std_C11)).to(device, torch.float32)
         self._shift_C11 = (-mean_C11 / std_C11).to(device, torch.float32)
         self.epoch = self.batch = 0
 

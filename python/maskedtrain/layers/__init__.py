@@ -6,6 +6,7 @@ from maskedtrain.layers.lfc import LFCLinear
 from maskedtrain.layers.linear import MaskedLinear
 from maskedtrain.layers.norm import SwitchNorm
 from maskedtrain.layers.packed import PackedLinear
+from maskedtrain.layers.sum import Sum
 from maskedtrain.layers.topk import TopKLinear
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedModule",
     "PackedLinear",
+    "Sum",
     "SwitchNorm",
     "TopKLinear",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ __all__ = ["Active", "MaskedModule", "row_mask"]
 @dataclass(frozen=True)
 class Active:
     """The sub-network a module computes with: its name and the mask of each of the module's
-    parameters.
+    parameters; with None those of its ``droppable()`` children that are left out.
 
     ``implied`` are the names of parameters whose mask is the one that the module implies for them.
     """
@@ -55,6 +57,12 @@ class MaskedModule(nn.Module):
         mask = self.active.masks[name]
         return None if mask is None else mask.restrict(tensor)
 
+    def droppable(self) -> Mapping[str, nn.Module]:
+        """Children by name that are not called where a sub-network has nothing of them; its
+        ``active.masks`` then have None by that name.
+        """
+        return {}
+
     def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Module:
         """The ``torch.nn`` module that computes what this one does with the sub-network active."""
         raise NotImplementedError
@@ -63,11 +71,13 @@ class MaskedModule(nn.Module):
 class Copier:
     """Makes the tensors of an extracted module: copies, or views onto the super-network's storage.
 
-    A parameter gets one copy, so that tied ones stay tied.
+    A parameter gets one copy, so that tied ones stay tied. ``memo`` is ``copy.deepcopy``'s: what
+    takes the place of a module or tensor, by its id.
     """
 
     def __init__(self, *, share: bool) -> None:
         self.share = share
+        self.memo: dict[int, Any] = {}
         self._made: dict[tuple[int, Mask | None], nn.Parameter] = {}
 
     def tensor(self, source: Tensor, mask: Mask | None) -> Tensor:
@@ -85,6 +95,10 @@ class Copier:
             trained = source.requires_grad and mask is not None
             self._made[key] = nn.Parameter(self.tensor(source, mask), trained)
         return self._made[key]
+
+    def module(self, source: nn.Module) -> nn.Module:
+        """The module, with what takes the place of all that is in the memo."""
+        return copy.deepcopy(source, self.memo)
 
     def bias(self, source: Tensor | None, mask: Mask | None) -> nn.Parameter | None:
         """As ``parameter``, but None where it does not exist or is outside."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -54,6 +55,9 @@ class TopKLinear(MaskedLinear):
     Reduced Overfitting" (ICML 2017), section 3.
     """
 
+    on_gradient: Callable[[Tensor], None] | None = None
+    """Called with dy, whole, in the backward of every training pass that runs while it is set."""
+
     def __init__(
         self,
         in_features: int,
@@ -96,7 +100,7 @@ class TopKLinear(MaskedLinear):
                 'weight_grad="rows" trains the whole weight, got the mask '
                 f"{self.active.masks['weight']} of {self.active.subnet!r}"
             )
-        return topk_linear(
+        y = topk_linear(
             input,
             weight,
             self.part("bias"),
@@ -105,6 +109,9 @@ class TopKLinear(MaskedLinear):
             weight_grad=self.weight_grad,
             bias_grad=self.bias_grad,
         )
+        if self.on_gradient is not None and y.requires_grad:
+            y.register_hook(self.on_gradient)
+        return y
 
     @classmethod
     def from_linear(  # pyright: ignore[reportIncompatibleMethodOverride]

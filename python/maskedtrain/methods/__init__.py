@@ -9,21 +9,38 @@ from __future__ import annotations
 from maskedtrain.discovery import find_configs
 from maskedtrain.methods.ats import ATS
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
+from maskedtrain.methods.dropout import ElementDropout, NeuronDropout
+from maskedtrain.methods.error_feedback import ErrorFeedback
 from maskedtrain.methods.extragradient import Extragradient
+from maskedtrain.methods.fish import FishMask
 from maskedtrain.methods.freeze import LayerFreeze
+from maskedtrain.methods.ist import IST
+from maskedtrain.methods.mast import MAST, BernoulliSketch, RandKSketch
 from maskedtrain.methods.meprop import MeProp
+from maskedtrain.methods.mesimp import MeSimp
+from maskedtrain.methods.prune import PruneWithFeedback
 from maskedtrain.methods.slimmable import Slimmable
 from maskedtrain.methods.standard import Standard
 
 __all__ = [
     "ATS",
+    "IST",
+    "MAST",
+    "BernoulliSketch",
+    "ElementDropout",
+    "ErrorFeedback",
     "Extragradient",
+    "FishMask",
     "LayerFreeze",
     "MeProp",
+    "MeSimp",
     "Method",
     "MethodConfig",
+    "NeuronDropout",
     "Pass",
     "Plan",
+    "PruneWithFeedback",
+    "RandKSketch",
     "Slimmable",
     "Standard",
     "configs",

@@ -62,9 +62,11 @@ class Config(MethodConfig):
     name = "ats"
 
     core: CoreKind = "width"
-    """What the cores are: narrower networks, or low-rank factors of the layers the model names."""
+    """What the cores are: narrower networks, low-rank factors of the layers the model names, or
+    (one core) the part that it names."""
     ratios: tuple[float, ...] = (0.5,)
-    """Widths or ranks of the cores, as shares of the whole; called core, core2, core3 ..."""
+    """Widths or ranks of the cores, as shares of the whole; called core, core2, core3 ... A part
+    has none."""
     round_to: int = 16
     """Widths become multiples of this where the layer allows."""
     core_lr_scale: float = 1.0

@@ -8,14 +8,15 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = ["Method", "MethodConfig", "Pass", "Plan"]
@@ -29,14 +30,14 @@ class Pass:
     which the parameters are moved by any further ``dx``, and from which they come back exactly.
     ``probe(gradients)``, where there is one, gets the model's gradients (None where the pass does
     not reach) in the place of ``parameter.grad``: the pass says where to go and is no part of the
-    update. A ``fresh`` pass wants a mini-batch of its own.
+    update. ``batch`` is the number of the step's mini-batch that the pass runs on.
     """
 
     subnet: SubNetwork
     loss_weight: float = 1.0
     perturbed: Callable[[], AbstractContextManager[None]] = nullcontext
     probe: Callable[[list[Tensor | None]], None] | None = None
-    fresh: bool = False
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,12 @@ class Plan:
     lr_scale: float = 1.0
 
     @property
-    def fresh(self) -> bool:
-        """Whether a pass wants a mini-batch of its own."""
-        return any(item.fresh for item in self.passes)
+    def batches(self) -> int:
+        """How many mini-batches the passes run on."""
+        return 1 + max((item.batch for item in self.passes), default=0)
 
     def backward(
-        self,
-        loss: Callable[[], Tensor],
-        *,
-        fresh: Callable[[], Tensor] | None = None,
-        scale: float | Tensor = 1.0,
+        self, *losses: Callable[[], Tensor], scale: float | Tensor = 1.0
     ) -> dict[str, Tensor]:
         """Run every pass and add up the gradients in ``parameter.grad``.
 
@@ -67,29 +64,39 @@ class Plan:
         lowest layer of the others: that part of the backward is not computed.
 
         Args:
-            loss: computes the loss of the model as it is then active, on this step's batch.
-            fresh: the same on another batch, for passes that want one.
+            losses: for each of the step's mini-batches (``batches`` of them, one for most plans),
+                what computes the loss on it of the model as it is then active.
             scale: multiplies the gradients (a micro-batch's share under accumulation).
 
         Returns:
             Each network's loss in its first pass, by name, detached and unscaled.
 
         Raises:
-            ValueError: a pass wants a batch of its own and there is none.
+            ValueError: a pass runs on a mini-batch whose loss is not given.
         """
-        if self.fresh and fresh is None:
-            raise ValueError("a pass of this plan wants a fresh batch: backward(loss, fresh=...)")
-        losses: dict[str, Tensor] = {}
+        if len(losses) < self.batches:
+            raise ValueError(
+                f"the passes of this plan run on {self.batches} mini-batches: backward needs the "
+                f"loss on each, got {len(losses)}"
+            )
+        found: dict[str, Tensor] = {}
         with _frozen(self.update):
             for item in self.passes:
                 with item.perturbed(), item.subnet.activate():
-                    value = cast("Callable[[], Tensor]", fresh if item.fresh else loss)()
+                    value = losses[item.batch]()
                     if item.probe is None:
                         (value * (item.loss_weight * scale)).backward()
                     else:
                         item.probe(_gradients(value, item.subnet.model))
-                losses.setdefault(item.subnet.name, value.detach())
-        return losses
+                found.setdefault(item.subnet.name, value.detach())
+        return found
+
+    def flops(self, *inputs: Any) -> int:
+        """FLOPs (2 per multiply-add) of the forward and backward passes on inputs of these shapes,
+        as ``SubNetwork.flops`` counts them: nothing is computed.
+        """
+        with _frozen(self.update):
+            return sum(item.subnet.flops(*inputs, training=True) for item in self.passes)
 
 
 @contextmanager
@@ -141,6 +148,24 @@ class Method:
             raise ValueError("the sub-networks belong to different models")
         self.subnets: dict[str, SubNetwork] = dict(zip(names, subnets, strict=True))
 
+    @property
+    def networks(self) -> Mapping[str, SubNetwork]:
+        """The networks that passes run, by name, to count on what a pass costs. Of those that are
+        drawn anew at each step, one stands for all.
+        """
+        return self.subnets
+
+    def prepare(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
+        """Called before the first step, and, after ``load_state_dict``, where training resumes:
+        what a method needs to know of the training data.
+
+        It may replace parameters of the model: make the optimizer afterwards.
+
+        Args:
+            batches: ``(inputs, targets)`` of training data, without end, the same ones at each
+                call.
+        """
+
     def plan(self, step: int) -> Plan:
         """The plan of step ``step`` (0, 1, ...); a pure function of it and of the method's
         state.
@@ -153,15 +178,20 @@ class Method:
         """
         return plan
 
-    def after_step(self, step: int, plan: Plan) -> None:
-        """Called after the optimizer's update."""
+    def after_step(self, step: int, plan: Plan, optimizer: MaskedOptimizer) -> None:
+        """Called after the optimizer's update, with the gradients and the learning rate that it was
+        made with still in place; ``plan.lr_scale`` has every factor of that rate. Where the method
+        gives a parameter another shape, it has the optimizer's state follow.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What ``plan`` depends on beyond the step: numbers, strings, lists, dicts and tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
+        """Inverse of ``state_dict``; gives the model the structure that its weights had then, if
+        the method changes it.
+        """
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}")
 

@@ -54,7 +54,7 @@ class Extragradient(Method):
         self.model, self._factor = subnet.model, sign * distance
         self._ahead: list[Tensor | None] = []
         step = Pass(subnet, perturbed=self._moved)
-        look_first = Pass(subnet, probe=self._look, fresh=look == "fresh")
+        look_first = Pass(subnet, probe=self._look, batch=int(look == "fresh"))
         self._past = look == "past"
         self._plan = Plan((step,) if self._past else (look_first, step), update=subnet)
 

@@ -4,23 +4,22 @@ gradient.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskedtrain.layers import MaskedLinear, TopKLinear
 from maskedtrain.layers.topk import BiasGrad, Per, WeightGrad, kept_count
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
+from maskedtrain.methods.largest import largest, only
 from maskedtrain.patterns import kind_of, linears_of, matching
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.surgery import check_layer, leave_fast_path
-from partial_kernels import Index, Mask, Packed, topk_select
+from partial_kernels import Index
 
-__all__ = ["Config", "MeProp"]
+__all__ = ["Config", "MeProp", "chosen_layers"]
 
 Variant = Literal["backward", "true"]
 
@@ -92,7 +91,7 @@ class MeProp(Method):
             if given:
                 raise ValueError(f'variant="true" back-propagates all: it has no {given[0]}')
         else:
-            _convert(model, _chosen(model, layers, exclude), k, options)
+            _convert(model, chosen_layers(model, layers, exclude), k, options)
         self.full = SubNetwork.full(model)
         super().__init__([self.full])
         self.k, self.variant = k, variant
@@ -119,7 +118,7 @@ _DEFAULTS = {
 }
 
 
-def _chosen(
+def chosen_layers(
     model: nn.Module, patterns: Sequence[str], exclude: Sequence[str] | None
 ) -> list[nn.Linear]:
     """The layers to convert, each once."""
@@ -174,8 +173,9 @@ def _largest(subnet: SubNetwork, k: int | float) -> SubNetwork:
         for parameter in subnet.model.parameters()
         if parameter.grad is not None and subnet.mask_of(parameter) is not None
     }
-    masks = _top(list(grads.values()), k) if grads else []
-    return _part(subnet.model, dict(zip(grads, masks, strict=True)), "top-k")
+    total = sum(grad.numel() for grad in grads.values())
+    masks = largest(list(grads.values()), kept_count(k, total))
+    return only(subnet.model, dict(zip(grads, masks, strict=True)), "top-k")
 
 
 def _kept_rows(subnet: SubNetwork) -> SubNetwork:
@@ -189,31 +189,7 @@ def _kept_rows(subnet: SubNetwork) -> SubNetwork:
             grad = grad.coalesce()
             masks[parameter] = Index(grad.indices()[0])
             parameter.grad = grad.to_dense()
-    return _part(subnet.model, masks, "kept rows")
-
-
-def _part(model: nn.Module, masks: Mapping[nn.Parameter, Mask | None], name: str) -> SubNetwork:
-    """The sub-network of these parameters' masks, of nothing else."""
-    # All of a tied parameter's names need the same mask.
-    names = model.named_parameters(remove_duplicate=False)
-    return SubNetwork(model, {n: masks.get(parameter) for n, parameter in names}, name=name)
-
-
-@torch.no_grad()
-def _top(grads: list[Tensor], k: int | float) -> list[Mask]:
-    """Where the k largest magnitudes of all are, in each."""
-    wide = grads[0].dtype
-    for grad in grads:
-        wide = torch.promote_types(wide, grad.dtype)
-    flat = torch.cat([grad.flatten().to(wide) for grad in grads])
-    index = topk_select(flat, kept_count(k, len(flat)))
-    ends = list(itertools.accumulate(grad.numel() for grad in grads))
-    # One question to the device for all.
-    bounds = torch.searchsorted(index, torch.tensor([0, *ends], device=index.device)).tolist()
-    return [
-        Packed(index[first:last] - start)
-        for first, last, start in zip(bounds, bounds[1:], [0, *ends], strict=False)
-    ]
+    return only(subnet.model, masks, "kept rows")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ class Config(MethodConfig):
     network: Literal["full", "core"] = "full"
     """The network to train: the whole super-network, or its core alone."""
     core: CoreKind = "width"
-    """What the core is: a narrower network, or low-rank factors of the layers the model names."""
+    """What the core is: a narrower network, low-rank factors of the layers the model names, or the
+    part that it names."""
     ratio: float = 0.5
-    """Width or rank of the core, as a share of the whole."""
+    """Width or rank of the core, as a share of the whole. A part has none."""
     round_to: int = 16
     """Widths become multiples of this where the layer allows."""
 

@@ -8,13 +8,17 @@ from maskedtrain.discovery import find_configs
 from maskedtrain.models.base import ModelConfig
 from maskedtrain.models.mlp import MLP
 from maskedtrain.models.resnet import ResNet, resnet8, resnet18, resnet34, resnet50
+from maskedtrain.models.text_classifier import TextClassifier
 from maskedtrain.models.transformer import Transformer
+from maskedtrain.models.wide_deep import WideDeep
 
 __all__ = [
     "MLP",
     "ModelConfig",
     "ResNet",
+    "TextClassifier",
     "Transformer",
+    "WideDeep",
     "configs",
     "resnet8",
     "resnet18",

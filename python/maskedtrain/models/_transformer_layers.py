@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from maskedtrain.data.vocabulary import PAD
 from maskedtrain.layers import LFCLinear
+from maskedtrain.subnetwork import Kept, region
+from partial_kernels import Full, Index, Mask
 
 __all__ = [
     "Attention",
@@ -28,6 +30,8 @@ __all__ = [
     "MakeLinear",
     "Norm",
     "Options",
+    "attended",
+    "width_masks",
 ]
 
 MakeLinear = Callable[..., nn.Linear]
@@ -287,3 +291,31 @@ class Decoder(Stack):
             x = layer.step(x, state, i)
         state.advanced()
         return self.output_projection(self.layer_norm(x))
+
+
+def attended(tokens_BS: Tensor) -> Tensor:
+    """Bool ``[B, S]``: which tokens are no padding."""
+    # A row of padding alone attends to its first token: over nothing, a softmax is NaN.
+    return (tokens_BS != PAD) | (torch.arange(tokens_BS.shape[1], device=tokens_BS.device) == 0)
+
+
+def width_masks(model: nn.Module, kept: Kept) -> dict[str, Mask]:
+    """Masks of a network with fewer hidden neurons and fewer query and key dimensions in every
+    ``Layer`` and ``Attention`` of the model, by the names of these.
+    """
+    masks: dict[str, Mask] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Layer):
+            rows = kept(f"{name}.fc1", module.fc1.out_features)
+            masks[f"{name}.fc1.weight"] = region(rows)
+            masks[f"{name}.fc2.weight"] = region(None, rows)
+        elif isinstance(module, Attention):
+            dims = kept(name, module.head_dim)
+            index = torch.arange(module.q_proj.out_features).view(module.heads, -1)
+            index = index[:, dims if isinstance(dims, Tensor) else slice(dims)]
+            # An index of all rows would be copied at every call, and is no view to share.
+            whole = index.shape[1] == module.head_dim
+            mask = Full() if whole else Index(index.flatten())
+            for projection in ("q_proj", "k_proj"):
+                masks[f"{name}.{projection}.weight"] = mask
+    return masks

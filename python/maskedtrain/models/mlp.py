@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from maskedtrain.layers import MaskedLinear
 from maskedtrain.models.base import ModelConfig
-from maskedtrain.subnetwork import Kept
-from partial_kernels import Mask, Prefix
+from maskedtrain.subnetwork import Kept, region
+from partial_kernels import Mask
 
 __all__ = ["MLP", "Config"]
 
@@ -37,7 +38,6 @@ class MLP(nn.Module):
         widths = [inputs, *hidden, classes]
         if min(widths) < 1:
             raise ValueError(f"inputs, hidden and classes must be >= 1, got {widths}")
-        self.widths = tuple(hidden)
         self.hidden = nn.ModuleList(
             MaskedLinear(widths[i], width) for i, width in enumerate(hidden)
         )
@@ -58,11 +58,11 @@ class MLP(nn.Module):
         """
         masks: dict[str, Mask] = {}
         cols = None
-        for i, width in enumerate(self.widths):
-            rows = kept(f"hidden.{i}", width)
-            masks[f"hidden.{i}.weight"] = Prefix(rows, cols)
+        for i, layer in enumerate(self.hidden):
+            rows = kept(f"hidden.{i}", cast("nn.Linear", layer).out_features)
+            masks[f"hidden.{i}.weight"] = region(rows, cols)
             cols = rows
-        masks["output.weight"] = Prefix(None, cols)
+        masks["output.weight"] = region(None, cols)
         return masks
 
 

@@ -6,23 +6,25 @@ checkpoints load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from maskedtrain.layers import MaskedConv2d, MaskedLinear, SwitchNorm
+from maskedtrain.layers import MaskedConv2d, MaskedLinear, MaskedModule, SwitchNorm
+from maskedtrain.layers.base import Copier
 from maskedtrain.models.base import ModelConfig
-from maskedtrain.subnetwork import Kept
-from partial_kernels import Mask, Prefix
+from maskedtrain.subnetwork import Kept, Width, region
+from partial_kernels import Mask
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
     "Config",
     "ResNet",
+    "Stage",
     "resnet8",
     "resnet18",
     "resnet34",
@@ -81,6 +83,33 @@ def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(conv, SwitchNorm(outputs))
 
 
+class Stage(MaskedModule, nn.Sequential):
+    """Residual blocks in a row.
+
+    A sub-network that has every parameter of a block outside skips the block where its skip
+    connection is the identity: the block is not called, costs nothing and keeps its running
+    statistics, and no extracted module has it.
+    """
+
+    def droppable(self) -> dict[str, nn.Module]:
+        return {name: block for name, block in self.named_children() if block.downsample is None}
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self._kept(self.active.masks if self.active else {}).values():
+            input = block(input)
+        return input
+
+    def _kept(self, masks: Mapping[str, Mask | None]) -> dict[str, nn.Module]:
+        return {name: block for name, block in self.named_children() if name not in masks}
+
+    def plain(self, masks: Mapping[str, Mask | None], subnet: str, copier: Copier) -> nn.Sequential:
+        plain = nn.Sequential()
+        for name, block in self._kept(masks).items():
+            plain.add_module(name, copier.module(block))
+        plain.training = self.training
+        return plain
+
+
 class ResNet(nn.Module):
     """Stem, stages of residual blocks (each but the first halves the resolution), mean, linear
     classifier.
@@ -94,6 +123,9 @@ class ResNet(nn.Module):
         in_channels: of the images.
         width: channels of the first stage; each further stage has twice its predecessor's.
     """
+
+    ist_blocks: ClassVar[tuple[str, ...]] = ("layer3.*",)
+    """Blocks that independent subnet training deals out, as patterns."""
 
     def __init__(
         self,
@@ -125,7 +157,7 @@ class ResNet(nn.Module):
                 layers.append(block(channels, width << stage, stride))
                 channels = (width << stage) * block.expansion
             self.stages.append(f"layer{stage + 1}")
-            self.add_module(self.stages[-1], nn.Sequential(*layers))
+            self.add_module(self.stages[-1], Stage(*layers))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = MaskedLinear(channels, num_classes)
         for module in self.modules():
@@ -147,9 +179,9 @@ class ResNet(nn.Module):
         """
         masks: dict[str, Mask] = {}
 
-        def layer(conv: str, norm: str, rows: int, cols: int | None) -> int:
-            masks[f"{conv}.weight"] = Prefix(rows, cols)
-            masks[f"{norm}.weight"] = Prefix(rows)
+        def layer(conv: str, norm: str, rows: Width, cols: Width) -> Width:
+            masks[f"{conv}.weight"] = region(rows, cols)
+            masks[f"{norm}.weight"] = region(rows)
             return rows
 
         first = self.get_submodule("layer1.0")
@@ -168,7 +200,7 @@ class ResNet(nn.Module):
                     inner = conv != convs[-1]
                     count = kept(width, getattr(block, conv).out_channels) if inner else rows
                     cols = layer(width, width.replace("conv", "bn"), count, cols)
-        masks["fc.weight"] = Prefix(None, cols)
+        masks["fc.weight"] = region(None, cols)
         return masks
 
 

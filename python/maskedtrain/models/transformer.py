@@ -8,26 +8,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from maskedtrain.data.vocabulary import PAD
 from maskedtrain.layers import MaskedLinear
 from maskedtrain.models._transformer_layers import (
-    Attention,
     Decoder,
     DecoderLayer,
     DecoderState,
     Encoder,
     EncoderLayer,
-    Layer,
     MakeLinear,
     Norm,
     Options,
+    attended,
+    width_masks,
 )
 from maskedtrain.models.base import ModelConfig
 from maskedtrain.subnetwork import Kept
-from partial_kernels import Full, Index, Mask, Prefix
+from partial_kernels import Mask
 
 __all__ = ["Config", "Transformer"]
 
@@ -111,9 +109,7 @@ class Transformer(nn.Module):
         """The encoder's outputs ``[B, S, D]``, and bool ``[B, 1, 1, S]``: which of them are no
         padding.
         """
-        mask = source != PAD
-        # A row of padding alone attends to its first token: over nothing, a softmax is NaN.
-        mask = (mask | (torch.arange(source.shape[1], device=source.device) == 0))[:, None, None]
+        mask = attended(source)[:, None, None]
         return self.encoder(source, mask), mask
 
     def start(self, source: Tensor) -> DecoderState:
@@ -133,22 +129,9 @@ class Transformer(nn.Module):
 
         The widths are the feed-forward layers', such as ``encoder.layers.0.fc1``, and those of a
         head's dimensions, such as ``decoder.layers.0.encoder_attn``, of which every head keeps the
-        first.
+        same.
         """
-        masks: dict[str, Mask] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, Layer):
-                rows = kept(f"{name}.fc1", module.fc1.out_features)
-                masks[f"{name}.fc1.weight"] = Prefix(rows)
-                masks[f"{name}.fc2.weight"] = Prefix(None, rows)
-            elif isinstance(module, Attention):
-                dims = kept(name, module.head_dim)
-                index = torch.arange(module.q_proj.out_features).view(module.heads, -1)[:, :dims]
-                # An index of all rows would be copied at every call, and is no view to share.
-                mask = Full() if dims == module.head_dim else Index(index.flatten())
-                for projection in ("q_proj", "k_proj"):
-                    masks[f"{name}.{projection}.weight"] = mask
-        return masks
+        return width_masks(self, kept)
 
 
 @dataclass(frozen=True)

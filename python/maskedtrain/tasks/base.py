@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskedtrain.config import TrainConfig
 from maskedtrain.files import write_json
+from maskedtrain.methods.base import Plan
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.training.loop import Batch
 from maskedtrain.training.losses import cross_entropy
@@ -62,7 +63,7 @@ class Task(ABC):
     @cached_property
     def dataset(self) -> Any:
         """The data, loaded when first asked for; ValueError if the run's were others."""
-        dataset = self.config.data.load()
+        dataset = self.load()
         if self.saved is not None:
             found, expected = self.describe(dataset), self.description
             for name, value in expected.items():
@@ -72,6 +73,10 @@ class Task(ABC):
                         f"{value}, got {found[name]}"
                     )
         return dataset
+
+    def load(self) -> Any:
+        """The data, as the configuration says."""
+        return self.config.data.load()
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -113,8 +118,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def batch_flops(self, subnet: SubNetwork) -> Callable[[Any], int]:
-        """FLOPs of a forward and backward pass, by a batch's inputs."""
+    def batch_flops(self, plan: Plan) -> Callable[[Any], int]:
+        """FLOPs of a plan whose passes run on one batch, forward and backward, by its inputs."""
 
     @abstractmethod
     def unit_flops(self, subnet: SubNetwork) -> float:

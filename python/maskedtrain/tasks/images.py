@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskedtrain.data.images import BatchLoader, ImageConfig, ImageDataset, ImageSplit
+from maskedtrain.methods.base import Plan
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.tasks import base
 from maskedtrain.training.loop import evaluate, evaluation_mode, training_mode
@@ -66,12 +67,12 @@ class Task(base.Task):
         batches = self.eval_batches(split)
         return asdict(evaluate(model, subnet, batches, cross_entropy, autocast=self.autocast))
 
-    def batch_flops(self, subnet: SubNetwork) -> Callable[[Tensor], int]:
+    def batch_flops(self, plan: Plan) -> Callable[[Tensor], int]:
         # In training mode, which backward passes may depend on. Batch norm has to have more than a
         # single value per channel then: two images.
         images = torch.empty(2, *self.image_shape, device=self.device)
-        with training_mode(subnet.model):
-            flops = subnet.flops(images, training=True) // 2
+        with training_mode(plan.update.model):
+            flops = plan.flops(images) // 2
         return lambda images: flops * len(images)
 
     def unit_flops(self, subnet: SubNetwork) -> float:

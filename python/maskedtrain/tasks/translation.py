@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from maskedtrain.data.translation import TokenBatches, TranslationConfig, TranslationDataset
 from maskedtrain.data.vocabulary import EOS, PAD, Vocabulary
 from maskedtrain.generation import beam_search
+from maskedtrain.methods.base import Plan
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.tasks import base
-from maskedtrain.training.loop import evaluate
+from maskedtrain.training.loop import evaluate, evaluation_mode, training_mode
 from maskedtrain.training.losses import cross_entropy
 from maskedtrain.training.scores import BLEU
 
@@ -171,14 +172,15 @@ class Task(base.Task):
                     ]
         return found
 
-    def batch_flops(self, subnet: SubNetwork) -> Callable[[tuple[Tensor, Tensor]], int]:
+    def batch_flops(self, plan: Plan) -> Callable[[tuple[Tensor, Tensor]], int]:
         """A polynomial in the batch's sides, through counts of torch's: exact as long as the layers
         compute by the same form as in batches of the usual size.
         """
         B, S, T = self._usual_shape()
         shapes = [(B, S, T), (2 * B, S, T), (B, 2 * S, T), (B, S, 2 * T)]
         shapes += [(B, 2 * S, 2 * T), (B, 3 * S, T)]
-        counts = [subnet.flops(*self._inputs(*shape), training=True) for shape in shapes]
+        with training_mode(plan.update.model):
+            counts = [plan.flops(*self._inputs(*shape)) for shape in shapes]
         coefficients = np.linalg.solve([_monomials(*shape) for shape in shapes], counts)
 
         def flops(inputs: tuple[Tensor, Tensor]) -> int:
@@ -189,7 +191,8 @@ class Task(base.Task):
 
     def unit_flops(self, subnet: SubNetwork) -> float:
         B, S, T = self._usual_shape()
-        return subnet.flops(*self._inputs(B, S, T)) / (B * T)
+        with evaluation_mode(subnet.model):
+            return subnet.flops(*self._inputs(B, S, T)) / (B * T)
 
     def _usual_shape(self) -> tuple[int, int, int]:
         """Sentences, and source and target tokens of each, of a batch of mean lengths."""

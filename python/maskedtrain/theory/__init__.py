@@ -1,5 +1,5 @@
-"""The theory behind the methods: criteria measured on gradients, random sketches, and quadratics on
-which everything has a closed form.
+"""The theory behind the methods: criteria and smoothness measured on gradients, random sketches,
+and quadratics on which everything has a closed form.
 
 ``sketches`` and ``quadratic`` are the objects of the MAST and IST papers, ``iterations`` their
 methods as short loops over quadratics: what a method for neural networks is tested against.
@@ -27,6 +27,7 @@ from maskedtrain.theory.quadratic import (
     sketched_gradient,
 )
 from maskedtrain.theory.sketches import Bernoulli, Perm, RandK, Sketch, SketchConstants
+from maskedtrain.theory.smoothness import Smoothness, smoothness
 
 __all__ = [
     "Bernoulli",
@@ -35,6 +36,7 @@ __all__ = [
     "RandK",
     "Sketch",
     "SketchConstants",
+    "Smoothness",
     "average",
     "distributed_double_sketched_gd",
     "double_sketched_gd",
@@ -51,4 +53,5 @@ __all__ = [
     "preconditioned",
     "s_page",
     "sketched_gradient",
+    "smoothness",
 ]

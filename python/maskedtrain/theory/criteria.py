@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,22 @@ from maskedtrain.methods.base import Pass, Plan
 from maskedtrain.subnetwork import SubNetwork
 from partial_kernels import Mask
 
-__all__ = ["Criteria", "Measured", "criteria", "measure", "measure_plan"]
+__all__ = [
+    "Criteria",
+    "Loss",
+    "Measured",
+    "MeasuredStep",
+    "at_x",
+    "criteria",
+    "measure",
+    "measure_plan",
+    "measure_step",
+    "undone",
+]
+
+Loss = Callable[[], Tensor] | Sequence[tuple[Callable[[], Tensor], float]]
+"""What computes the loss on one batch; or several such with the weight of each in their mean: how
+many targets it has, for losses that are a mean over these. One batch's graph is held at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,29 @@ class Measured:
     whole: Criteria
     by_parameter: Mapping[str, Criteria]
 
+    def by_layer(self) -> dict[str, Criteria]:
+        """Criteria of each module's own parameters, by the module's name; what they are made of
+        adds up to the whole.
+        """
+        found: dict[str, Criteria] = {}
+        for name, one in self.by_parameter.items():
+            layer = name.rpartition(".")[0]
+            found[layer] = found[layer] + one if layer in found else one
+        return found
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Criteria of the passes that make a step's update, by the name of their network, and the
+    step-size factor of all together.
+    """
+
+    passes: Mapping[str, Measured]
+    alpha: float
+    """Theorem 1's, with the passes' gradients added up by their loss weights w for ``grad f(x~)``,
+    and ``sum(w) grad f(x)`` for ``grad f(x)``: that of the one pass where there is one, and 1 where
+    every pass is at x."""
+
 
 def criteria(
     grads: Sequence[Tensor],
@@ -141,72 +179,157 @@ def criteria(
 
 
 def measure(
-    model: nn.Module,
-    item: Pass,
-    loss: Callable[[], Tensor],
-    *,
-    update: SubNetwork | None = None,
+    model: nn.Module, item: Pass, loss: Loss, *, update: SubNetwork | None = None
 ) -> Measured:
     """Criteria of one pass of a plan, on the data that ``loss`` computes with.
 
-    Costs the forward and backward of the pass and those of the whole model at x. Gradients that the
-    parameters hold, and the state of modules (running statistics) and of random number generators,
-    come back as they were; both gradients are of the same random numbers (dropout).
+    Costs the forward and backward of the pass and those of the whole model at x, on each batch of
+    the loss, and the memory of both gradients and of one batch's graph, however many batches there
+    are. Gradients that the parameters hold, and the state of modules (running statistics) and of
+    random number generators, come back as they were; both gradients are of the same random numbers
+    (dropout), batch by batch. Modules stay in their mode: dropout and batch norms are those of
+    training where the model trains.
 
     Args:
         model: the super-network.
         item: its sub-network and perturbation make x~.
-        loss: computes the loss of the model as it is then active.
+        loss: computes the loss of the model as it is then active; several batches with their
+            weights for the gradients of their mean, such as that over the full data.
         update: p; the pass's own sub-network where not given.
+
+    Raises:
+        ValueError: there are no batches, or their weights are negative, not finite or all 0.
+
+    Example:
+        >>> full = [(lambda x=x, y=y: F.cross_entropy(model(x), y), len(y)) for x, y in batches]
+        >>> measure(model, Pass(core), full).whole.c_norm
     """
     update = item.subnet if update is None else update
-    full = SubNetwork.full(model)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _undone(model, named.values()) as again:
-        g = _gradients(named, Pass(full), loss)
-        again()
-        other = _gradients(named, item, loss)
-    moved = [_moved(parameter, item, full) for parameter in named.values()]
-    if item.perturbed is not nullcontext:
+    with undone(model, _trained(model).values()):
+        g, other = _gradients(model, [Pass(SubNetwork.full(model)), item], loss)
+        return _compared(model, item, update, g, other)
+
+
+def measure_plan(model: nn.Module, plan: Plan, *losses: Loss) -> Mapping[str, Measured]:
+    """Criteria of every pass of a plan that is part of its update, by the name of its network; see
+    ``measure_step``.
+    """
+    return measure_step(model, plan, *losses).passes
+
+
+def measure_step(model: nn.Module, plan: Plan, *losses: Loss) -> MeasuredStep:
+    """Criteria of a plan's passes, and its step-size factor.
+
+    Costs the plan's forward and backward passes and one of the whole model at x, and the memory of
+    a gradient of each and of their sum. As ``measure`` otherwise; passes that say where to go
+    (``Pass.probe``) are run first, and all others draw the same random numbers and run on the first
+    mini-batch. Losses as for ``Plan.backward``, each of one batch or of several.
+
+    Raises:
+        ValueError: as ``measure``, or a pass runs on a mini-batch whose loss is not given.
+    """
+    if len(losses) < plan.batches:
+        raise ValueError(
+            f"the passes of this plan run on {plan.batches} mini-batches: measuring needs the loss "
+            f"on each, got {len(losses)}"
+        )
+    parts = [item for item in plan.passes if item.probe is None]
+    found: dict[str, Measured] = {}
+    with undone(model, model.parameters()):
+        for item in plan.passes:
+            if item.probe is not None:
+                item.probe(_probed(model, plan, item, losses[item.batch]))
+        g, *others = _gradients(model, [Pass(SubNetwork.full(model)), *parts], losses[0])
+        total = [torch.zeros_like(gradient) for gradient in g]
+        for item, other in zip(parts, others, strict=True):
+            found.setdefault(item.subnet.name, _compared(model, item, plan.update, g, other))
+            for so_far, gradient in zip(total, other, strict=True):
+                so_far.add_(gradient, alpha=item.loss_weight)
+    weight = sum(item.loss_weight for item in parts)
+    masks = [plan.update.mask_of(parameter) for parameter in _trained(model).values()]
+    whole = _sum(criteria([weight * gradient for gradient in g], total, masks))
+    return MeasuredStep(found, whole.alpha)
+
+
+def at_x(plan: Plan) -> bool:
+    """Whether every gradient of a plan's update is that of the whole model at x: alpha is 1 then,
+    whatever the masks.
+    """
+    full = SubNetwork.full(plan.update.model)
+    return all(
+        item.probe is not None or (item.perturbed is nullcontext and full.issubset(item.subnet))
+        for item in plan.passes
+    )
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _compared(
+    model: nn.Module,
+    item: Pass,
+    update: SubNetwork,
+    g: Sequence[Tensor],
+    other: Sequence[Tensor],
+) -> Measured:
+    named, full = _trained(model), SubNetwork.full(model)
+    if item.perturbed is nullcontext:
+        moved = [_moved(parameter, item, full) for parameter in named.values()]
+    else:
         moved = _moved_further(list(named.values()), item, full)
     masks = [update.mask_of(parameter) for parameter in named.values()]
     found = criteria(g, other, masks, moved)
-    whole = sum(found, start=Criteria(0.0, 0.0, 0.0, 0.0))
-    return Measured(whole, dict(zip(named, found, strict=True)))
+    return Measured(_sum(found), dict(zip(named, found, strict=True)))
 
 
-def measure_plan(
-    model: nn.Module,
-    plan: Plan,
-    loss: Callable[[], Tensor],
-    *,
-    fresh: Callable[[], Tensor] | None = None,
-) -> dict[str, Measured]:
-    """Criteria of every pass of a plan that is part of its update, by the name of its network.
+def _sum(found: Iterable[Criteria]) -> Criteria:
+    return sum(found, start=Criteria(0.0, 0.0, 0.0, 0.0))
 
-    As ``measure``; passes that say where to go (``Pass.probe``) are run first. Losses as for
-    ``Plan.backward``.
+
+def _shares(loss: Loss) -> list[tuple[Callable[[], Tensor], float]]:
+    """Each batch's loss, and its share of the mean."""
+    if callable(loss):
+        return [(loss, 1.0)]
+    weights = [weight for _, weight in loss]
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"weights of batches must be >= 0, finite and not all 0, got {weights}")
+    total = math.fsum(weights)
+    return [(one, weight / total) for one, weight in loss]
+
+
+def _gradients(model: nn.Module, passes: Sequence[Pass], loss: Loss) -> list[list[Tensor]]:
+    """The gradients of each pass; zeros of what it does not reach. On each batch all passes draw
+    the same random numbers.
     """
-    found: dict[str, Measured] = {}
-    with _undone(model, model.parameters()):
-        for item in plan.passes:
-            if item.probe is None:
-                found.setdefault(item.subnet.name, measure(model, item, loss, update=plan.update))
-                continue
-            one = replace(plan, passes=(item,))
-            one.backward(loss, fresh=fresh)
-    return found
+    parameters = list(_trained(model).values())
+    found: list[list[Tensor | None]] = [[None] * len(parameters) for _ in passes]
+    for one, share in _shares(loss):
+        again = _as_now(model)
+        for item, so_far in zip(passes, found, strict=True):
+            again()
+            for parameter, gradient in zip(parameters, so_far, strict=True):
+                parameter.grad = gradient
+            with item.perturbed(), item.subnet.activate(), torch.enable_grad():
+                (one() * share).backward()
+            so_far[:] = [parameter.grad for parameter in parameters]
+    return [
+        [
+            torch.zeros_like(parameter) if gradient is None else gradient.detach()
+            for parameter, gradient in zip(parameters, so_far, strict=True)
+        ]
+        for so_far in found
+    ]
 
 
-def _gradients(
-    named: Mapping[str, nn.Parameter], item: Pass, loss: Callable[[], Tensor]
-) -> list[Tensor]:
-    """The gradients of one pass; zeros of what it does not reach."""
-    for parameter in named.values():
-        parameter.grad = None
-    with item.perturbed(), item.subnet.activate(), torch.enable_grad():
-        loss().backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in named.values()]
+def _probed(model: nn.Module, plan: Plan, item: Pass, loss: Loss) -> list[Tensor | None]:
+    """The gradients that a pass of a plan hands to its probe, by parameter."""
+    (found,) = _gradients(model, [item], loss)
+    known = dict(zip(_trained(model).values(), found, strict=True))
+    return [
+        None if plan.update.mask_of(parameter) is None else known.get(parameter)
+        for parameter in model.parameters()
+    ]
 
 
 def _moved(parameter: nn.Parameter, item: Pass, full: SubNetwork) -> float:
@@ -240,14 +363,22 @@ def _moved_further(parameters: list[nn.Parameter], item: Pass, full: SubNetwork)
 
 
 @contextmanager
-def _undone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Generator[Callable[[], None]]:
-    """After it gradients, buffers and random number generators are as they were; so are the latter
-    two when what it gives is called.
-    """
-    parameters = list(parameters)
-    grads = [parameter.grad for parameter in parameters]
+def undone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Generator[None]:
+    """After it gradients, buffers and random number generators are as they were."""
+    grads = [(parameter, parameter.grad) for parameter in parameters]
+    again = _as_now(model)
+    try:
+        yield
+    finally:
+        again()
+        for parameter, grad in grads:
+            parameter.grad = grad
+
+
+def _as_now(model: nn.Module) -> Callable[[], None]:
+    """What makes buffers and random number generators what they are now."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device.index for p in parameters if p.is_cuda}
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
     state, states = torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
 
     def again() -> None:
@@ -257,12 +388,7 @@ def _undone(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Generator[C
         for device, on_device in states.items():
             torch.cuda.set_rng_state(on_device, device)
 
-    try:
-        yield again
-    finally:
-        again()
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
+    return again
 
 
 def _ratio(a: float, b: float) -> float:

@@ -34,8 +34,8 @@ class ResultRow:
     """One network of the results: what it reached and what that cost. None is shown as a dash.
 
     `iterations` optimizer steps that trained this network; `accuracy` and `exact_match` fractions
-    in [0, 1], `bleu` in [0, 100]; `forward_flops` per `unit`, an image or a token; `train_flops`
-    and `seconds` of the whole training.
+    in [0, 1], `bleu` in [0, 100], `matthews` in [-1, 1]; `forward_flops` per `unit`, an image, a
+    token or a sentence; `train_flops` and `seconds` of the whole training.
     """
 
     network: str
@@ -49,13 +49,15 @@ class ResultRow:
     peak_mem_bytes: int | None = None
     bleu: float | None = None
     exact_match: float | None = None
+    matthews: float | None = None
     unit: str = "image"
 
     def __post_init__(self) -> None:
-        for name, most in (("accuracy", 1), ("exact_match", 1), ("bleu", 100)):
+        ranges = {"accuracy": (0, 1), "exact_match": (0, 1), "bleu": (0, 100), "matthews": (-1, 1)}
+        for name, (least, most) in ranges.items():
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= most:
-                raise ValueError(f"{name} must be in [0, {most}], got {value}")
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}], got {value}")
 
 
 def format_count(value: float) -> str:
@@ -99,6 +101,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("accuracy\n%", True, _optional("accuracy", lambda value: f"{100 * value:.2f}")),
     ("BLEU", True, _optional("bleu", "{:.2f}".format)),
     ("exact\n%", True, _optional("exact_match", lambda value: f"{100 * value:.2f}")),
+    ("MCC\n%", True, _optional("matthews", lambda value: f"{100 * value:.2f}")),
     ("params", True, _optional("params", format_count)),
     ("forward\nFLOPs/\n{unit}", True, _optional("forward_flops", format_count)),
     ("training\nFLOPs", True, _optional("train_flops", format_count)),

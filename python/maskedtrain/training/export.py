@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def save_program(
     """
     # torch.export.save takes a weight in channels-last layout for part of a larger one, and warns.
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    program = torch.export.export(network, inputs, dynamic_shapes=dynamic_shapes)
+    first = next(iter(inspect.signature(network.forward).parameters.values()))
+    # torch.export takes what *args gathers, as a Sum's does, for one argument.
+    shapes = (dynamic_shapes,) if first.kind is first.VAR_POSITIONAL else dynamic_shapes
+    program = torch.export.export(network, inputs, dynamic_shapes=shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     with atomic_write(path) as file:

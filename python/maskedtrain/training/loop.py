@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from maskedtrain.methods.base import Method
+from maskedtrain.methods.base import Method, Plan
 from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
-from maskedtrain.theory.criteria import Measured, measure_plan
+from maskedtrain.theory.criteria import Measured, MeasuredStep, at_x, measure_step
+from maskedtrain.theory.smoothness import Smoothness, smoothness
 
 __all__ = [
     "IGNORED",
@@ -49,15 +52,19 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class StepReport:
     """What one step did: the count of steps with it, losses by sub-network, the learning rate of
-    the update, the gradient's norm before clipping, and, where they were measured, the criteria of
-    partial SGD by sub-network.
+    the update (with every factor), the gradient's norm before clipping, the plan that was run, and,
+    where they were measured, the criteria of partial SGD by sub-network and the smoothness; alpha
+    is 1 where it was not measured.
     """
 
     step: int
     losses: dict[str, Tensor]
     lr: float
     grad_norm: Tensor | None
+    plan: Plan
     criteria: Mapping[str, Measured] = field(default_factory=dict[str, Measured])
+    alpha: float = 1.0
+    smoothness: Smoothness | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,16 @@ class Trainer:
             costs little.
         measure_every: steps between measurements of the criteria of partial SGD
             (``maskedtrain.theory.criteria``), on the step's first mini-batch before its update; 0
-            for none. Each costs the step's passes and, for each of them, one of the whole network.
+            for none. Each costs the step's passes once more and one of the whole network.
+        measure_smoothness: estimate the smoothness L of the whole network's loss there, too
+            (``maskedtrain.theory.smoothness``), by at most 20 products with the Hessian.
+        alpha: "auto" multiplies the learning rate of every step by the step-size factor alpha of
+            Theorem 1 of partial SGD, in [0, 1], measured (at the cost above, and once for both) on
+            the step's first mini-batch; of a step of several passes it is that of their sum
+            (``maskedtrain.theory.criteria.MeasuredStep``). Steps whose gradients are those of the
+            whole network at its present weights have alpha = 1 and measure nothing. Momentum,
+            moments and decay take part as with any learning rate: at alpha = 0 no parameter
+            changes, and the optimizer's state goes on. "one" takes the learning rate as it is.
 
     Example:
         >>> optimizer = MaskedSGD(model.parameters(), lr=0.1)
@@ -111,7 +127,11 @@ class Trainer:
         compile: bool = False,
         check_every: int = 1,
         measure_every: int = 0,
+        measure_smoothness: bool = False,
+        alpha: Literal["one", "auto"] = "one",
     ) -> None:
+        if alpha not in ("one", "auto"):
+            raise ValueError(f'alpha must be "one" or "auto", got {alpha!r}')
         if measure_every < 0:
             raise ValueError(f"measure_every must be >= 0, got {measure_every}")
         if accumulate < 1 or check_every < 1:
@@ -128,6 +148,8 @@ class Trainer:
         self.accumulate = accumulate
         self.check_every = check_every
         self.measure_every = measure_every
+        self.measure_smoothness = measure_smoothness
+        self.alpha = alpha
         self.step = 0
         self.passes = dict.fromkeys(method.subnets, 0)
         self._losses: dict[str, Tensor] = {}
@@ -145,8 +167,8 @@ class Trainer:
             yield self.train_step(stream)
 
     def train_step(self, batches: Iterator[Batch]) -> StepReport:
-        """One step, on the next ``accumulate`` batches, twice as many where a pass of the method's
-        plan wants a batch of its own.
+        """One step, on the next ``accumulate`` batches for each of the mini-batches that the passes
+        of the method's plan run on.
 
         Raises:
             NonFiniteError: a loss was not finite; with ``check_every=1`` no parameter and no state
@@ -155,40 +177,46 @@ class Trainer:
         """
         self.model.train()
         plan = self.method.plan(self.step)
-        taken = self._next(batches)
-        others = self._next(batches) if plan.fresh else taken
-        criteria: Mapping[str, Measured] = {}
-        if self.measure_every and self.step % self.measure_every == 0:
-            criteria = measure_plan(
-                self.model,
-                plan,
-                lambda: self._loss(taken[0]),
-                fresh=lambda: self._loss(others[0]),
-            )
+        taken = [self._next(batches) for _ in range(plan.batches)]
+        reporting = self.measure_every > 0 and self.step % self.measure_every == 0
+        scaling = self.alpha == "auto" and not at_x(plan)
+        measured = MeasuredStep({}, alpha=1.0)
+        firsts = [partial(self._loss, part[0]) for part in taken]
+        if reporting or scaling:
+            measured = measure_step(self.model, plan, *firsts)
+        curved = None
+        if reporting and self.measure_smoothness:
+            curved = smoothness(self.model, firsts[0], iterations=20)
         losses: dict[str, Tensor] = {}
-        for batch, other, share in zip(taken, others, _shares(taken), strict=True):
-            found = plan.backward(
-                lambda b=batch: self._loss(b), fresh=lambda b=other: self._loss(b), scale=share
-            )
+        for share, *parts in zip(_shares(taken[0]), *taken, strict=True):
+            found = plan.backward(*(partial(self._loss, part) for part in parts), scale=share)
             for name, loss in found.items():
                 losses[name] = losses.get(name, 0) + loss * share
         self._losses = losses
         if self.step % self.check_every == 0:
             self._check_losses(self.step + 1)
-        plan = self.method.after_backward(self.step, plan)
+        alpha = measured.alpha if scaling else 1.0
+        if math.isnan(alpha):
+            self.optimizer.zero_grad()
+            raise NonFiniteError(f"alpha is nan at step {self.step + 1}. {_ADVICE}")
+        ran, plan = plan, self.method.after_backward(self.step, plan)
         grad_norm = None
         if self.clip_grad_norm is not None:
             grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        lr = self.optimizer.param_groups[0]["lr"]
+        plan = replace(plan, lr_scale=plan.lr_scale * alpha)
+        lr = self.optimizer.param_groups[0]["lr"] * plan.lr_scale
         self.optimizer.step(plan.update, lr_scale=plan.lr_scale)
+        self.method.after_step(self.step, plan, self.optimizer)
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        self.method.after_step(self.step, plan)
         self.step += 1
-        for name in losses:
+        # A part of a network that is drawn for this step trains that network.
+        drawn = self.method.subnets.keys().isdisjoint(losses)
+        for name in (*losses, *(self.method.subnets if drawn else ())):
             self.passes[name] = self.passes.get(name, 0) + 1
-        return StepReport(self.step, losses, lr * plan.lr_scale, grad_norm, criteria)
+        criteria = measured.passes if reporting else {}
+        return StepReport(self.step, losses, lr, grad_norm, ran, criteria, alpha, curved)
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The next ``accumulate`` batches."""
@@ -242,10 +270,11 @@ class Trainer:
         """Inverse of ``state_dict``; sets the global random number generators too."""
         self.step = state["step"]
         self.passes = dict(state["passes"])
+        # First: it may say what the parameters' shapes are.
+        self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.method.load_state_dict(state["method"])
         _set_rng_state(state["rng"])
 
 

@@ -13,7 +13,10 @@ A record is one JSON object:
 floating-point operations since the run began; `targets_per_s` and `flop_utilization`, of the steps
 since the network's last record, count images or tokens, and the share of this machine's rate in
 large matrix products. Criteria are those of ``maskedtrain.theory.criteria``, before the step's
-update. Further fields may follow. NaN and infinities are written as null.
+update, with the smoothness `L` and whether `assumption3` holds where these are measured; those with
+a `layer` are of this module's own parameters. `alpha` of a train record is the factor of Theorem 1
+that its step was made with, and part of its `lr`. Further fields may follow. NaN and infinities are
+written as null.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 _REQUIRED = {"step", "kind", "subnet"}
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class MetricsLog:
@@ -79,9 +82,10 @@ class MetricsLog:
             self._file.write(_line(record))
             self._file.flush()
             if self._board is not None:
+                of = "/".join([kind, subnet, *([values["layer"]] if "layer" in values else [])])
                 for name in values:
                     if isinstance(record[name], (int, float)):
-                        self._board.add_scalar(f"{name}/{kind}/{subnet}", record[name], step)
+                        self._board.add_scalar(f"{name}/{of}", record[name], step)
 
     def sync(self) -> None:
         """Make every record survive a power failure: call it before saving a checkpoint."""
@@ -139,11 +143,11 @@ def plot_curves(
     trained, evaluated = _by_subnet(records, "train"), _by_subnet(records, "eval")
     if not trained and not evaluated:
         return f"no train or eval records in {metrics}"
-    if (figure := _figure(width_in=10, height_in=4)) is None:
+    if (figure := new_figure(width_in=10, height_in=4)) is None:
         return "matplotlib is not installed"
 
     loss_axes, score_axes = figure.subplots(1, 2)
-    for colour, subnet in zip(cycle(_COLOURS), dict.fromkeys([*evaluated, *trained])):
+    for colour, subnet in zip(cycle(COLOURS), dict.fromkeys([*evaluated, *trained])):
         steps, losses = _columns(trained.get(subnet, []), "step", "loss")
         # The thin line shows the spread, the mean over a fiftieth of the run the trend.
         loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
@@ -156,7 +160,7 @@ def plot_curves(
     loss_axes.set_ylabel("training loss (nats)")
     score_axes.set_ylabel(score.axis)
     figure.suptitle(title)
-    _save(figure, out_png)
+    save_figure(figure, out_png)
     return None
 
 
@@ -182,13 +186,13 @@ def plot_comparison(
     if any("train_flops" in record for record in everything):
         axis_names["train_flops"] = "training FLOPs"
     size = {"width_in": 1 + 4.5 * len(subnets), "height_in": 0.6 + 3.2 * len(axis_names)}
-    if (figure := _figure(**size)) is None:
+    if (figure := new_figure(**size)) is None:
         return "matplotlib is not installed"
 
     panels = figure.subplots(len(axis_names), len(subnets), squeeze=False, sharey=True)
     for row, (field, axis_name) in zip(panels, axis_names.items(), strict=True):
         for axes, subnet in zip(row, subnets, strict=True):
-            for colour, (label, networks) in zip(cycle(_COLOURS), evaluated.items()):
+            for colour, (label, networks) in zip(cycle(COLOURS), evaluated.items()):
                 if subnet in networks:
                     found = networks[subnet]
                     _plot_score(axes, found, field, score, color=colour, label=label)
@@ -196,7 +200,7 @@ def plot_comparison(
             axes.set_title(subnet)
         row[0].set_ylabel(score.axis)
     figure.suptitle(title)
-    _save(figure, out_png)
+    save_figure(figure, out_png)
     return None
 
 
@@ -246,7 +250,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full_like(sums, math.nan), where=counts > 0)
 
 
-def _figure(*, width_in: float, height_in: float) -> Figure | None:
+def new_figure(*, width_in: float, height_in: float) -> Figure | None:
     """A figure that no global state of pyplot knows of, None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -278,6 +282,6 @@ def _decorate(axes: Axes, x_name: str) -> None:
         axes.legend(frameon=False)
 
 
-def _save(figure: Figure, out_png: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, out_png: str | os.PathLike[str]) -> None:
     with atomic_write(out_png) as file:
         figure.savefig(file, format="png", dpi=150)

@@ -23,6 +23,7 @@ from maskedtrain.tasks import make_task
 from maskedtrain.tasks.base import Split
 from maskedtrain.training.checkpoint import Checkpoint, Checkpoints
 from maskedtrain.training.console import Console, ResultRow
+from maskedtrain.training.initial import load_initial
 from maskedtrain.training.loop import NonFiniteError, Trainer, seed_generators
 from maskedtrain.training.memory import peak_bytes, reset_peak
 from maskedtrain.training.metrics import MetricsLog, plot_curves, write_summary
@@ -50,6 +51,8 @@ class Run:
         sizes = self.task.model_arguments()
         seed_generators(config.run.seed)
         self.model: nn.Module = config.model.build(**sizes)
+        if config.run.init_from is not None and saved is None:
+            load_initial(self.model, config.run.init_from)
         self.model.to(self.device)
         self.method = config.method.build(self.model)
         if config.run.channels_last:
@@ -81,9 +84,18 @@ class Run:
             average: take the mean of the weights of so many checkpoints, this and those before it.
         """
         checkpoint = self.checkpoints.load(step)
+        # First: it may say what the model's parameters were.
+        self.method.load_state_dict(checkpoint.state["trainer"]["method"])
         self.model.load_state_dict(
             checkpoint.weights if average == 1 else self._mean_weights(checkpoint, average)
         )
+        return checkpoint
+
+    def load_best(self, subnet: str) -> Checkpoint:
+        """Load the best weights of a sub-network into the model."""
+        checkpoint = self.best(subnet).load()
+        self.method.load_state_dict(checkpoint.state["method"])
+        self.model.load_state_dict(checkpoint.weights)
         return checkpoint
 
     def _mean_weights(self, newest: Checkpoint, count: int) -> dict[str, Tensor]:
@@ -98,6 +110,11 @@ class Run:
         sums = {name: tensor.double() for name, tensor in newest.weights.items()}
         for step in steps[:-1]:
             for name, tensor in self.checkpoints.load(step).weights.items():
+                if tensor.shape != sums[name].shape:
+                    raise ValueError(
+                        f"average needs checkpoints of one size: {name} of step {step} must have "
+                        f"shape {list(sums[name].shape)}, got {list(tensor.shape)}"
+                    )
                 sums[name] += tensor
         # What counts something, such as a batch norm's batches, is not averaged.
         return {
@@ -113,7 +130,8 @@ class _Session:
         config = run.config
         self.run = run
         self.loader = run.task.train_batches()
-        self.steps_per_epoch = max(1, len(self.loader) // config.optim.accumulate)
+        batches = config.optim.accumulate * run.method.plan(0).batches
+        self.steps_per_epoch = max(1, len(self.loader) // batches)
         self.total = max(1, round(config.run.epochs * self.steps_per_epoch))
         optimizer, scheduler = make_optimizer(config.optim, run.model, self.total)
         self.trainer = Trainer(
@@ -129,15 +147,17 @@ class _Session:
             # On a GPU a check waits for the device; the loop checks before each checkpoint, too.
             check_every=1 if run.device.type == "cpu" else config.run.log_every,
             measure_every=config.run.measure_every or 0,
+            measure_smoothness=config.run.measure_smoothness,
+            alpha=config.optim.alpha,
         )
         self.seconds = 0.0
         self.train_flops = 0
         self.best: dict[str, float] = {}
         self.saved: Path | None = None
-        subnets = run.method.subnets
         self.meter = Meter(
-            {name: run.task.batch_flops(subnet) for name, subnet in subnets.items()},
+            run.task.batch_flops,
             matmul_flops_per_s(run.device, run.task.autocast or torch.float32),
+            run.method.networks,
         )
 
     @property
@@ -157,8 +177,8 @@ class _Session:
         weights = self.run.model.state_dict()
         self.saved = self.run.checkpoints.save(self.trainer.step, weights, state)
 
-    def restore(self) -> None:
-        checkpoint = self.run.load_weights()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from it; its weights are the model's already."""
         self.trainer.load_state_dict(checkpoint.state["trainer"])
         self.loader.load_state_dict(checkpoint.state["loader"])
         self.seconds = checkpoint.state["seconds"]
@@ -176,7 +196,11 @@ class _Session:
         for name, result in found.items():
             if run.config.run.select == "best" and result[score] > self.best.get(name, -math.inf):
                 self.best[name] = result[score]
-                state = {"passes": self.trainer.passes[name], score: result[score]}
+                state = {
+                    "passes": self.trainer.passes[name],
+                    score: result[score],
+                    "method": run.method.state_dict(),
+                }
                 run.best(name).save(self.trainer.step, run.model.state_dict(), state)
         return found
 
@@ -208,13 +232,22 @@ class _Session:
                     self._wait()
                 seconds = time.perf_counter() - started
                 self.seconds += seconds
-                self.train_flops += self.meter.step(report.losses, seconds)
+                self.train_flops += self.meter.step(report.plan, seconds)
                 for name, loss in losses.items():
                     values = {"loss": loss, "lr": report.lr, **self.meter.rates(name)}
+                    if trainer.alpha == "auto":
+                        values["alpha"] = report.alpha
                     log.log(step, "train", name, **self.record(values))
                     bar.update(step, loss=loss)
                 for name, measured in report.criteria.items():
-                    log.log(step, "criteria", name, **self.record(measured.whole.quantities()))
+                    values = measured.whole.quantities()
+                    if report.smoothness is not None:
+                        L = report.smoothness.L
+                        values |= {"L": L, "assumption3": measured.whole.assumption3(L)}
+                    log.log(step, "criteria", name, **self.record(values))
+                    for layer, one in measured.by_layer().items() if options.measure_layers else ():
+                        values = {"layer": layer, **one.quantities()}
+                        log.log(step, "criteria", name, **self.record(values))
                 bar.update(step)
                 if evaluating:
                     found = self.evaluate()
@@ -245,7 +278,7 @@ class _Session:
         rows: list[ResultRow] = []
         for name, subnet in run.method.subnets.items():
             if name in self.best:
-                run.model.load_state_dict(run.best(name).load().weights)
+                run.load_best(name)
             row = result_row(run, subnet, "test", self.trainer.passes[name])
             row = replace(row, train_flops=self.train_flops, seconds=self.seconds)
             rows.append(replace(row, peak_mem_bytes=peak_mem_bytes))
@@ -274,6 +307,7 @@ def result_row(run: Run, subnet: SubNetwork, split: Split, iterations: int) -> R
         accuracy=None if "bleu" in found else found["accuracy"],
         bleu=found.get("bleu"),
         exact_match=found.get("exact_match"),
+        matthews=found.get("matthews"),
     )
 
 
@@ -306,6 +340,10 @@ def train(
             "or choose another --out"
         )
     run = Run(config, console, saved=folder if done and resume else None)
+    # Data that are not the run's are found before weights that do not fit them.
+    batches = run.task.train_batches().stream()
+    checkpoint = run.load_weights() if done and resume else None
+    run.method.prepare(batches)
     reset_peak(run.device)
     # What can be wrong with the options has been found before the folder is touched.
     session = _Session(run)
@@ -313,8 +351,8 @@ def train(
         with output_errors(folder):
             shutil.rmtree(folder)
     make_folder(folder)
-    if done and resume:
-        session.restore()
+    if checkpoint is not None:
+        session.restore(checkpoint)
         step = session.trainer.step
         console.print(f"resuming {folder} at step {step}")
         if session.until <= step < session.total:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ACCURACY", "BLEU", "Score"]
+__all__ = ["ACCURACY", "BLEU", "MATTHEWS", "Score"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,4 @@ class Score:
 
 ACCURACY = Score("accuracy", "accuracy", "acc", 100.0, "%")
 BLEU = Score("bleu", "BLEU", "BLEU")
+MATTHEWS = Score("matthews", "Matthews correlation", "MCC", 100.0, "%")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from maskedtrain.methods.base import Pass, Plan
+from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.training.loop import Batch, target_count
 
 __all__ = ["Meter", "matmul_flops_per_s"]
@@ -25,16 +27,26 @@ class _Spent:
 class Meter:
     """Counts what steps cost, for every network by itself.
 
+    What a pass costs is counted when its kind is first met: one of its network's name, in a plan
+    whose update has this name, in a model of so many parameters.
+
     Args:
-        batch_flops: FLOPs of a forward and backward pass of each network, by a batch's inputs.
+        batch_flops: FLOPs of a plan of a single pass, forward and backward, by a batch's inputs.
         peak_flops_per_s: the rate that utilisation is measured by.
+        networks: what is counted in the place of a pass's network of such a name: one that stands
+            for all that are drawn under it.
     """
 
     def __init__(
-        self, batch_flops: Mapping[str, Callable[[Any], int]], peak_flops_per_s: float
+        self,
+        batch_flops: Callable[[Plan], Callable[[Any], int]],
+        peak_flops_per_s: float,
+        networks: Mapping[str, SubNetwork] | None = None,
     ) -> None:
         self._batch_flops = batch_flops
         self._peak = peak_flops_per_s
+        self._networks = networks or {}
+        self._known: dict[tuple[str, str, int], Callable[[Any], int]] = {}
         self._taken: list[Batch] = []
         self._spent: dict[str, _Spent] = defaultdict(_Spent)
 
@@ -44,19 +56,30 @@ class Meter:
             self._taken.append(batch)
             yield batch
 
-    def step(self, networks: Collection[str], seconds: float) -> int:
-        """The batches noted since the last call were a step of these networks; returns its
-        FLOPs.
-        """
-        flops = sum(self._batch_flops[name](x) for name in networks for x, _ in self._taken)
+    def step(self, plan: Plan, seconds: float) -> int:
+        """The batches noted since the last call were a step by this plan; returns its FLOPs."""
+        each = len(self._taken) // plan.batches
+        flops = sum(
+            self._pass_flops(plan, item)(inputs)
+            for item in plan.passes
+            for inputs, _ in self._taken[item.batch * each : (item.batch + 1) * each]
+        )
         targets = sum(target_count(targets) for _, targets in self._taken)
-        for name in networks:
+        for name in {item.subnet.name for item in plan.passes}:
             spent = self._spent[name]
             spent.flops += flops
             spent.targets += targets
             spent.seconds += seconds
         self._taken.clear()
         return flops
+
+    def _pass_flops(self, plan: Plan, item: Pass) -> Callable[[Any], int]:
+        name, size = item.subnet.name, sum(p.numel() for p in plan.update.model.parameters())
+        key = (name, plan.update.name, size)
+        if key not in self._known:
+            counted = replace(item, subnet=self._networks.get(name, item.subnet))
+            self._known[key] = self._batch_flops(replace(plan, passes=(counted,)))
+        return self._known[key]
 
     def rates(self, network: str) -> dict[str, float]:
         """Speed of the steps of a network since the last call for it."""
