@@ -94,7 +94,7 @@ def test_whole_networks_steps_are_not_measured(
     def fails(*arguments: object, **options: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("maskedtrain.training.loop.measure_step", fails)
+    monkeypatch.setattr("maskedtrain.training.loop.step_gradients", fails)
     model, report = one_sgd_step(kind, step, "auto")
     assert report.alpha == 1.0
     assert_equal(snapshot(model), snapshot(one_sgd_step(kind, step, "one")[0]))
@@ -131,7 +131,12 @@ def test_of_several_passes_it_is_that_of_their_sum() -> None:
         found.append(gradients(model))
     g, h = found
     total = {name: 0.125 * g[name] + 64.0 * h.get(name, torch.zeros(())) for name in g}
-    expected = alpha_by_hand({n: 64.125 * t for n, t in g.items()}, total)
+    # Of g each pass counts what its own network has.
+    own = {name: parameter for name, parameter in model.named_parameters() if name in g}
+    masks = {name: core.mask_of(parameter) for name, parameter in own.items()}
+    inside = {n: m.dense(g[n].shape) if m else torch.tensor(False) for n, m in masks.items()}
+    reference = {n: 0.125 * t + 64.0 * t * inside[n] for n, t in g.items()}
+    expected = alpha_by_hand(reference, total)
     measured = measure_step(model, plan, loss)
     assert measured.alpha == pytest.approx(expected, rel=1e-5)
     assert 0.01 < expected < 0.99
@@ -146,13 +151,13 @@ def test_measuring_for_the_log_shares_it(kind: str, monkeypatch: pytest.MonkeyPa
     import maskedtrain.training.loop as loop
 
     calls: list[int] = []
-    real = loop.measure_step
+    real = loop.step_gradients
 
     def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(loop, "measure_step", counted)
+    monkeypatch.setattr(loop, "step_gradients", counted)
     states: list[dict[str, Tensor]] = []
     for every in (0, 1):
         model, method = made(kind, dropout=0.3)

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from maskedtrain import SubNetwork, Trainer, cli
 from maskedtrain.config import RunConfig
-from maskedtrain.methods import ATS, Extragradient, Method, Slimmable
+from maskedtrain.methods import (
+    ATS,
+    IST,
+    ErrorFeedback,
+    Extragradient,
+    MeProp,
+    Method,
+    Slimmable,
+)
 from maskedtrain.models import MLP
-from maskedtrain.optim import MaskedAdamW
+from maskedtrain.optim import MaskedAdamW, MaskedSGD
+from maskedtrain.theory.criteria import measure_step
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -94,6 +103,55 @@ def test_a_perturbation_is_measured_where_it_leads(kind: str) -> None:
     trainer = Trainer(model, method, optimizer, F.cross_entropy, measure_every=1)
     report = trainer.train_step(iter(data))
     assert report.criteria["full"].whole.displacement_sq == pytest.approx(length, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["meprop", "errorfeedback"])
+def test_a_mask_that_is_drawn_from_the_gradient_is_the_one_that_counts(kind: str) -> None:
+    torch.manual_seed(0)
+    model = MLP(8, (32,), 4)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    method = MeProp(model, 40, variant="true") if kind == "meprop" else ErrorFeedback(model, 40)
+    trainer = Trainer(
+        model, method, MaskedSGD(model.parameters(), lr=0.1), F.cross_entropy, measure_every=1
+    )
+    (report,) = trainer.steps(batches(1), until=1)
+    measured = report.criteria["full"].whole
+    # In the first step the memory of error feedback is empty.
+    assert 1 < measured.c_norm <= (count / 40) ** 0.5
+    assert (measured.c_sim, measured.c_align) == pytest.approx((1.0, 1.0))
+
+
+def test_workers_parts_are_measured_within_all_that_a_step_updates() -> None:
+    """Each worker's gradient at x against its own part of g; what is shared is part of the mask."""
+    torch.manual_seed(0)
+    model = MLP(8, (32,), 4)
+    with torch.no_grad():
+        model.output.weight.mul_(5.0)  # So that a half differs from the whole.
+    method = IST(model, 2, local_steps=3)
+    trainer = Trainer(
+        model, method, MaskedSGD(model.parameters(), lr=0.1), F.cross_entropy, measure_every=1
+    )
+    (x, y), *_ = data = batches(2)
+    named = dict(model.named_parameters())
+    g = torch.autograd.grad(F.cross_entropy(model(x), y), named.values())
+    total, reference = ({n: torch.zeros_like(p) for n, p in named.items()} for _ in range(2))
+    for part in method.parts:
+        with part.activate():
+            own = torch.autograd.grad(F.cross_entropy(model(x), y), named.values())
+        for (name, parameter), gradient, whole in zip(named.items(), own, g, strict=True):
+            mask = part.mask_of(parameter)
+            assert mask is not None
+            total[name] += gradient
+            reference[name] += whole * mask.dense(parameter.shape)
+    inner = sum(float((total[n] * reference[n]).sum()) for n in named)
+    alpha = inner / sum(float(tensor.square().sum()) for tensor in total.values())
+    assert 0.01 < alpha < 0.99
+    assert measure_step(
+        model, method.plan(0), *[lambda: F.cross_entropy(model(x), y)] * 2
+    ).alpha == pytest.approx(alpha, rel=1e-4)
+    (report,) = trainer.steps(data, until=1)
+    # Two parts of one hidden layer are the whole network.
+    assert report.criteria["worker0"].whole.c_norm == pytest.approx(1.0)
 
 
 def test_a_run_logs_them(tmp_path: Path) -> None:

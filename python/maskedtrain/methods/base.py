@@ -49,6 +49,13 @@ class Plan:
     passes: tuple[Pass, ...]
     update: SubNetwork
     lr_scale: float = 1.0
+    updated_in_all: SubNetwork | None = None
+    """All that the step updates, where the method's own hooks update more than ``update``."""
+
+    @property
+    def mask(self) -> SubNetwork:
+        """p_t: all that the step updates."""
+        return self.update if self.updated_in_all is None else self.updated_in_all
 
     @property
     def batches(self) -> int:

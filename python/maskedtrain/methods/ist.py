@@ -162,7 +162,7 @@ class IST(Method):
         self._replicas.average_gradients()
         self._ready = True
         # What is shared is updated afterwards, for each worker.
-        return replace(plan, update=self._update)
+        return replace(plan, update=self._update, updated_in_all=plan.mask)
 
     def after_step(self, step: int, plan: Plan, optimizer: MaskedOptimizer) -> None:
         if not self._ready:

@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,92 +27,26 @@ from torch import Tensor, nn
 import partial_kernels as pk
 from maskedtrain.methods.base import Pass, Plan
 from maskedtrain.subnetwork import SubNetwork
-from partial_kernels import Mask
+from maskedtrain.theory._quantities import Criteria, criteria
 
 __all__ = [
     "Criteria",
     "Loss",
     "Measured",
     "MeasuredStep",
+    "StepGradients",
     "at_x",
     "criteria",
     "measure",
     "measure_plan",
     "measure_step",
+    "step_gradients",
     "undone",
 ]
 
 Loss = Callable[[], Tensor] | Sequence[tuple[Callable[[], Tensor], float]]
 """What computes the loss on one batch; or several such with the weight of each in their mean: how
 many targets it has, for losses that are a mean over these. One batch's graph is held at a time."""
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """Squared norms and the inner product that the quantities are made of."""
-
-    masked_sq: float
-    """``|p g|^2``"""
-    other_masked_sq: float
-    """``|p g~|^2``"""
-    inner: float
-    """``<p g, p g~>``"""
-    sq: float
-    """``|g|^2``"""
-    displacement_sq: float = 0.0
-    """``|dx|^2``"""
-
-    @property
-    def alpha(self) -> float:
-        """``min(1, <p g, p g~> / |p g~|^2)``, in [0, 1]: 0 where g~ points the wrong way."""
-        return min(max(_ratio(self.inner, self.other_masked_sq), 0.0), 1.0)
-
-    @property
-    def c_norm(self) -> float:
-        """``|g| / |p g|``, >= 1."""
-        return _ratio(math.sqrt(self.sq), math.sqrt(self.masked_sq))
-
-    @property
-    def c_sim(self) -> float:
-        """``|p g| / |p g~|``."""
-        return _ratio(math.sqrt(self.masked_sq), math.sqrt(self.other_masked_sq))
-
-    @property
-    def c_align(self) -> float:
-        """``|p g| |p g~| / <p g, p g~>``, >= 1: one by the cosine; infinite where it is not
-        positive.
-        """
-        return _ratio(math.sqrt(self.masked_sq * self.other_masked_sq), max(self.inner, 0.0))
-
-    @property
-    def q(self) -> float:
-        """``c_norm max(c_sim, c_align)``, which is ``|g| / (alpha |p g~|)``."""
-        return self.c_norm * max(self.c_sim, self.c_align)
-
-    @property
-    def drift(self) -> float:
-        """``|dx| / max(|p g|, |p g~|)``."""
-        largest = max(self.masked_sq, self.other_masked_sq)
-        return _ratio(math.sqrt(self.displacement_sq), math.sqrt(largest))
-
-    def assumption3(self, smoothness: float) -> bool:
-        """Whether ``drift < 1 / (2 L)``, for gradients that are L-Lipschitz."""
-        return self.drift < 1 / (2 * smoothness)
-
-    def quantities(self) -> dict[str, float]:
-        """All of them but Assumption 3's verdict, by name."""
-        names = ("alpha", "c_norm", "c_sim", "c_align", "q", "drift")
-        return {name: getattr(self, name) for name in names}
-
-    def __add__(self, other: Criteria) -> Criteria:
-        """Of two sets of parameters together."""
-        return Criteria(
-            self.masked_sq + other.masked_sq,
-            self.other_masked_sq + other.other_masked_sq,
-            self.inner + other.inner,
-            self.sq + other.sq,
-            self.displacement_sq + other.displacement_sq,
-        )
 
 
 @dataclass(frozen=True)
@@ -142,40 +75,41 @@ class MeasuredStep:
 
     passes: Mapping[str, Measured]
     alpha: float
-    """Theorem 1's, with the passes' gradients added up by their loss weights w for ``grad f(x~)``,
-    and ``sum(w) grad f(x)`` for ``grad f(x)``: that of the one pass where there is one, and 1 where
-    every pass is at x."""
+    """Theorem 1's, with the passes' gradients added up by their loss weights w, and their networks'
+    masks p_i: ``sum w_i p_i grad f(x~_i)`` against ``sum w_i p_i grad f(x)``. That of the one pass
+    where there is one, and 1 where every pass is at x."""
 
 
-def criteria(
-    grads: Sequence[Tensor],
-    other_grads: Sequence[Tensor | None],
-    masks: Sequence[Mask | None],
-    displacement_sq: Sequence[float] | None = None,
-) -> list[Criteria]:
-    """Criteria of each tensor; their sum is that of all.
+@dataclass(frozen=True)
+class StepGradients:
+    """Gradients of a plan's passes: what a step's criteria are made of, whatever its mask."""
 
-    Args:
-        grads: g.
-        other_grads: g~; not read where the mask is None.
-        masks: p; None keeps nothing.
-        displacement_sq: ``|dx|^2`` of each; 0 where not given.
+    model: nn.Module
+    passes: Sequence[Pass]
+    at_x: Sequence[Tensor]
+    """g, by parameter."""
+    perturbed: Sequence[Sequence[Tensor]]
+    """g~ of each pass."""
+    displacement_sq: Sequence[Sequence[float]]
+    """``|dx|^2`` of each pass."""
 
-    Raises:
-        ValueError, TypeError: the lists do not fit together, as ``partial_kernels.masked_stats``.
-    """
-    moved = displacement_sq or [0.0] * len(grads)
-    if len(moved) != len(grads):
-        raise ValueError(
-            f"displacement_sq must have one entry per gradient, {len(grads)}, got {len(moved)}"
-        )
-    # One transfer for all.
-    sums = torch.stack(pk.masked_stats(grads, other_grads, masks))
-    columns: list[list[float]] = cast("Any", sums.T).tolist()
-    return [
-        Criteria(masked, other, inner, whole, sq)
-        for (masked, other, inner, whole), sq in zip(columns, moved, strict=True)
-    ]
+    def measured(self, update: SubNetwork) -> MeasuredStep:
+        """The criteria with ``update`` for the mask p."""
+        named = _trained(self.model)
+        masks = [update.mask_of(parameter) for parameter in named.values()]
+        found: dict[str, Measured] = {}
+        total, reference = ([torch.zeros_like(g) for g in self.at_x] for _ in range(2))
+        parts = zip(self.passes, self.perturbed, self.displacement_sq, strict=True)
+        for item, others, moved in parts:
+            by_parameter = criteria(self.at_x, others, masks, moved)
+            measured = Measured(_sum(by_parameter), dict(zip(named, by_parameter, strict=True)))
+            found.setdefault(item.subnet.name, measured)
+            for i, (parameter, g) in enumerate(zip(named.values(), self.at_x, strict=True)):
+                if (mask := item.subnet.mask_of(parameter)) is not None:
+                    inside = mask.dense(g.shape, g.device)
+                    total[i].add_(others[i], alpha=item.loss_weight)
+                    reference[i].add_(torch.where(inside, g, 0), alpha=item.loss_weight)
+        return MeasuredStep(found, _sum(criteria(reference, total, masks)).alpha)
 
 
 def measure(
@@ -207,7 +141,10 @@ def measure(
     update = item.subnet if update is None else update
     with undone(model, _trained(model).values()):
         g, other = _gradients(model, [Pass(SubNetwork.full(model)), item], loss)
-        return _compared(model, item, update, g, other)
+        moved = _displacement(model, item)
+    return (
+        StepGradients(model, [item], g, [other], [moved]).measured(update).passes[item.subnet.name]
+    )
 
 
 def measure_plan(model: nn.Module, plan: Plan, *losses: Loss) -> Mapping[str, Measured]:
@@ -218,7 +155,14 @@ def measure_plan(model: nn.Module, plan: Plan, *losses: Loss) -> Mapping[str, Me
 
 
 def measure_step(model: nn.Module, plan: Plan, *losses: Loss) -> MeasuredStep:
-    """Criteria of a plan's passes, and its step-size factor.
+    """Criteria of a plan's passes with its update for the mask, and its step-size factor; costs and
+    errors are those of ``step_gradients``.
+    """
+    return step_gradients(model, plan, *losses).measured(plan.update)
+
+
+def step_gradients(model: nn.Module, plan: Plan, *losses: Loss) -> StepGradients:
+    """The gradients that the criteria of a plan's passes are made of.
 
     Costs the plan's forward and backward passes and one of the whole model at x, and the memory of
     a gradient of each and of their sum. As ``measure`` otherwise; passes that say where to go
@@ -234,21 +178,13 @@ def measure_step(model: nn.Module, plan: Plan, *losses: Loss) -> MeasuredStep:
             f"on each, got {len(losses)}"
         )
     parts = [item for item in plan.passes if item.probe is None]
-    found: dict[str, Measured] = {}
     with undone(model, model.parameters()):
         for item in plan.passes:
             if item.probe is not None:
                 item.probe(_probed(model, plan, item, losses[item.batch]))
         g, *others = _gradients(model, [Pass(SubNetwork.full(model)), *parts], losses[0])
-        total = [torch.zeros_like(gradient) for gradient in g]
-        for item, other in zip(parts, others, strict=True):
-            found.setdefault(item.subnet.name, _compared(model, item, plan.update, g, other))
-            for so_far, gradient in zip(total, other, strict=True):
-                so_far.add_(gradient, alpha=item.loss_weight)
-    weight = sum(item.loss_weight for item in parts)
-    masks = [plan.update.mask_of(parameter) for parameter in _trained(model).values()]
-    whole = _sum(criteria([weight * gradient for gradient in g], total, masks))
-    return MeasuredStep(found, whole.alpha)
+        moved = [_displacement(model, item) for item in parts]
+    return StepGradients(model, parts, g, others, moved)
 
 
 def at_x(plan: Plan) -> bool:
@@ -266,21 +202,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _compared(
-    model: nn.Module,
-    item: Pass,
-    update: SubNetwork,
-    g: Sequence[Tensor],
-    other: Sequence[Tensor],
-) -> Measured:
-    named, full = _trained(model), SubNetwork.full(model)
+def _displacement(model: nn.Module, item: Pass) -> list[float]:
+    """``|dx|^2`` of each parameter in a pass."""
+    parameters, full = list(_trained(model).values()), SubNetwork.full(model)
     if item.perturbed is nullcontext:
-        moved = [_moved(parameter, item, full) for parameter in named.values()]
-    else:
-        moved = _moved_further(list(named.values()), item, full)
-    masks = [update.mask_of(parameter) for parameter in named.values()]
-    found = criteria(g, other, masks, moved)
-    return Measured(_sum(found), dict(zip(named, found, strict=True)))
+        return [_moved(parameter, item, full) for parameter in parameters]
+    return _moved_further(parameters, item, full)
 
 
 def _sum(found: Iterable[Criteria]) -> Criteria:
@@ -389,10 +316,3 @@ def _as_now(model: nn.Module) -> Callable[[], None]:
             torch.cuda.set_rng_state(on_device, device)
 
     return again
-
-
-def _ratio(a: float, b: float) -> float:
-    """a / b; 1 where both are 0, as if nothing were lost."""
-    if b == 0:
-        return 1.0 if a == 0 else math.inf
-    return a / b

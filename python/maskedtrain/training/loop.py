@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from maskedtrain.methods.base import Method, Plan
 from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
-from maskedtrain.theory.criteria import Measured, MeasuredStep, at_x, measure_step
+from maskedtrain.theory.criteria import Measured, MeasuredStep, at_x, step_gradients
 from maskedtrain.theory.smoothness import Smoothness, smoothness
 
 __all__ = [
@@ -180,10 +180,11 @@ class Trainer:
         taken = [self._next(batches) for _ in range(plan.batches)]
         reporting = self.measure_every > 0 and self.step % self.measure_every == 0
         scaling = self.alpha == "auto" and not at_x(plan)
-        measured = MeasuredStep({}, alpha=1.0)
+        gradients, measured = None, MeasuredStep({}, alpha=1.0)
         firsts = [partial(self._loss, part[0]) for part in taken]
         if reporting or scaling:
-            measured = measure_step(self.model, plan, *firsts)
+            gradients = step_gradients(self.model, plan, *firsts)
+            measured = gradients.measured(plan.update)
         curved = None
         if reporting and self.measure_smoothness:
             curved = smoothness(self.model, firsts[0], iterations=20)
@@ -200,6 +201,10 @@ class Trainer:
             self.optimizer.zero_grad()
             raise NonFiniteError(f"alpha is nan at step {self.step + 1}. {_ADVICE}")
         ran, plan = plan, self.method.after_backward(self.step, plan)
+        if gradients is not None and plan.mask is not ran.mask:
+            # A mask that was drawn from the gradient.
+            measured = gradients.measured(plan.mask)
+        criteria = measured.passes if reporting else {}
         grad_norm = None
         if self.clip_grad_norm is not None:
             grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -215,7 +220,6 @@ class Trainer:
         drawn = self.method.subnets.keys().isdisjoint(losses)
         for name in (*losses, *(self.method.subnets if drawn else ())):
             self.passes[name] = self.passes.get(name, 0) + 1
-        criteria = measured.passes if reporting else {}
         return StepReport(self.step, losses, lr, grad_norm, ran, criteria, alpha, curved)
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
