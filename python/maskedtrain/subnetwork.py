@@ -76,6 +76,11 @@ class SubNetwork:
     def _settle(self) -> None:
         """Settle every parameter's mask, and how each module gets to know it."""
         known, masks = dict(self.model.named_parameters(remove_duplicate=False)), self._given
+        if gone := sorted(masks.keys() - known.keys()):
+            raise ValueError(
+                f"sub-network {self.name!r} has masks of parameters that the model no longer has: "
+                f"{', '.join(gone)}; make it after the change"
+            )
         self.masks: dict[str, Mask | None] = {}
         self._aware: list[tuple[MaskedModule, Active]] = []
         self._plain: list[tuple[nn.Module, dict[str, Mask | None]]] = []

@@ -104,7 +104,7 @@ def plain_torch(code: str, *arguments: object, cwd: Path | None = None) -> str:
         ("train --depth 20", "invalid choice '20'"),
         ("train --ratios 1.5", "ratios must be different numbers in (0, 1), got [1.5]"),
         ("train --method standard --network core --ratio 0", "ratio must be in (0, 1], got 0"),
-        ("train --dataset mnist", "unknown dataset 'mnist' (known: cifar10, digits"),
+        ("train --dataset mnist", "unknown dataset 'mnist' (known: cifar10, cola, digits"),
         ("train --dataset cifar10", "pass their folder or set MASKEDTRAIN_DATA"),
         ("train --dataset cifar10 --data nowhere", "no such file or folder: nowhere"),
         ("train --data nowhere", "Unrecognized options: --data"),

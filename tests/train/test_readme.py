@@ -28,7 +28,7 @@ COMMANDS = [
     if line.startswith("maskedtrain ")
 ]
 # The commands are the README's; only their training is cut short.
-SHORT = ["--max-steps", "2"]
+SHORT = {"train": ["--max-steps", "2"], "reproduce": ["--steps", "2", "--every", "1"]}
 
 
 @pytest.mark.parametrize("code", [IN_A_LOOP, OF_ANY_MODEL], ids=["loop", "any-model"])
@@ -60,6 +60,7 @@ def test_the_commands_make_what_plain_torch_loads(
     monkeypatch.chdir(tmp_path)
     assert [command[0] for command in COMMANDS] == [
         *("doctor", "train", "train", "train", "eval", "extract", "train", "train"),
+        "reproduce",
     ]
     for command in COMMANDS:
         if any("path/to/" in argument for argument in command):
@@ -68,7 +69,7 @@ def test_the_commands_make_what_plain_torch_loads(
                 cli.main(command)
             assert "no such file or folder: path/to/" in capsys.readouterr().err
         else:
-            cli.main([*command, *SHORT] if command[0] == "train" else command)
+            cli.main([*command, *SHORT.get(command[0], [])])
     blocked = 'import sys\nsys.modules["maskedtrain"] = sys.modules["partial_kernels"] = None\n'
     code = f"{blocked}{IN_PLAIN_TORCH}\nprint(*logits.shape)"
     done = subprocess.run(

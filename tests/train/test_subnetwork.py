@@ -306,3 +306,14 @@ def test_neurons_names_the_widths_it_does_not_know() -> None:
         SubNetwork.neurons(model, {"hiden.0": torch.arange(3)}, name="few")
     with pytest.raises(ValueError, match="must be < 8, got 8"):
         SubNetwork.neurons(model, {"hidden.0": torch.arange(9)}, name="many")
+
+
+def test_masks_of_parameters_that_are_gone_are_named() -> None:
+    model = MLP(6, (8,), 3)
+    core = SubNetwork(model, {"hidden.0.weight": pk.Prefix(4)}, name="narrow")
+    layer = model.hidden[0]
+    del layer.weight
+    message = "'narrow' has masks of parameters that the model no longer has: hidden.0.weight; make"
+    with pytest.raises(ValueError, match=message):
+        SubNetwork.layers_changed([layer])
+    del core

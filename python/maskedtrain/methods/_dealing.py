@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from maskedtrain.layers import MaskedModule
+from maskedtrain.methods._draws import seeded
 from maskedtrain.methods._matching import matching
 from maskedtrain.methods._neurons import neurons_of
 from maskedtrain.subnetwork import SubNetwork
@@ -74,9 +74,7 @@ class Dealer:
 
     def parts(self, round: int) -> list[SubNetwork]:
         """The workers' networks in a round, called "worker0", "worker1" ..."""
-        generator = torch.Generator().manual_seed(
-            random.Random(f"{self.seed} {round}").getrandbits(63)
-        )
+        generator = seeded("cpu", self.seed, round)
         widths = {w: self._hands(n, round, generator) for w, n in self.widths.items()}
         blocks = self._hands(len(self.blocks), round, generator)
         return [
