@@ -63,6 +63,18 @@ def test_every_pass_is_charged_for_the_batches_it_runs_on() -> None:
     assert meter.step(plan(Pass(FULL), Pass(CORE, batch=1)), 1.0) == 660
 
 
+def test_passes_that_no_criteria_are_measured_of_are_charged_too() -> None:
+    class Corrected(Plan):
+        @property
+        def every_pass(self) -> tuple[Pass, ...]:
+            return (*self.passes, Pass(CORE), Pass(CORE))
+
+    meter = Meter(batch_flops, peak_flops_per_s=1000.0)
+    next(meter.seen(batches(1)))
+    assert meter.step(Corrected((Pass(FULL),), update=FULL), 1.0) == 300 + 2 * 30
+    assert meter.rates("core")["flop_utilization"] == 0.36
+
+
 def test_one_network_stands_for_those_that_are_drawn() -> None:
     counted: list[SubNetwork] = []
 

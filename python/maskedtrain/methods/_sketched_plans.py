@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,12 +27,8 @@ class CorrectedPlan(Plan):
     """The gradient of ``anchor``, summed over the calls of ``backward``."""
 
     @property
-    def _others(self) -> list[Plan]:
-        return [Plan(passes, self.update) for passes in (self.minus, self.anchor) if passes]
-
-    @property
-    def batches(self) -> int:
-        return max(super().batches, *(plan.batches for plan in self._others), 1)
+    def every_pass(self) -> tuple[Pass, ...]:
+        return (*self.passes, *self.minus, *self.anchor)
 
     def backward(
         self, *losses: Callable[[], Tensor], scale: float | Tensor = 1.0
@@ -60,9 +55,6 @@ class CorrectedPlan(Plan):
         finally:
             for parameter, gradient in before:
                 parameter.grad = gradient
-
-    def flops(self, *inputs: Any) -> int:
-        return super().flops(*inputs) + sum(plan.flops(*inputs) for plan in self._others)
 
 
 def sketched_passes(

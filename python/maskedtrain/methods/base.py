@@ -58,9 +58,16 @@ class Plan:
         return self.update if self.updated_in_all is None else self.updated_in_all
 
     @property
+    def every_pass(self) -> tuple[Pass, ...]:
+        """All that ``backward`` runs: the passes, and those that a subclass has beside them, of
+        which no criteria are measured.
+        """
+        return self.passes
+
+    @property
     def batches(self) -> int:
         """How many mini-batches the passes run on."""
-        return 1 + max((item.batch for item in self.passes), default=0)
+        return 1 + max((item.batch for item in self.every_pass), default=0)
 
     def backward(
         self, *losses: Callable[[], Tensor], scale: float | Tensor = 1.0
@@ -103,7 +110,7 @@ class Plan:
         as ``SubNetwork.flops`` counts them: nothing is computed.
         """
         with _frozen(self.update):
-            return sum(item.subnet.flops(*inputs, training=True) for item in self.passes)
+            return sum(item.subnet.flops(*inputs, training=True) for item in self.every_pass)
 
 
 @contextmanager

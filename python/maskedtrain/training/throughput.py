@@ -61,11 +61,11 @@ class Meter:
         each = len(self._taken) // plan.batches
         flops = sum(
             self._pass_flops(plan, item)(inputs)
-            for item in plan.passes
+            for item in plan.every_pass
             for inputs, _ in self._taken[item.batch * each : (item.batch + 1) * each]
         )
         targets = sum(target_count(targets) for _, targets in self._taken)
-        for name in {item.subnet.name for item in plan.passes}:
+        for name in {item.subnet.name for item in plan.every_pass}:
             spent = self._spent[name]
             spent.flops += flops
             spent.targets += targets
@@ -78,7 +78,7 @@ class Meter:
         key = (name, plan.update.name, size)
         if key not in self._known:
             counted = replace(item, subnet=self._networks.get(name, item.subnet))
-            self._known[key] = self._batch_flops(replace(plan, passes=(counted,)))
+            self._known[key] = self._batch_flops(Plan((counted,), plan.update))
         return self._known[key]
 
     def rates(self, network: str) -> dict[str, float]:
