@@ -1,85 +1,25 @@
-"""``ErrorFeedback``: against MEM-SGD written out, what is kept and left alone, state, runs."""
+"""``ErrorFeedback``: against MEM-SGD written out, what is kept and left alone."""
 
 from __future__ import annotations
 
 import copy
-import io
-import json
 import math
-import shlex
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 import partial_kernels as pk
-from maskedtrain import SubNetwork, Trainer, cli, methods
-from maskedtrain.config import TrainConfig, from_dict, to_dict
+from maskedtrain import SubNetwork
 from maskedtrain.methods import ErrorFeedback, MeProp, Method, Standard
-from maskedtrain.methods.error_feedback import Config, Memory
 from maskedtrain.methods.largest import largest
-from maskedtrain.models import MLP
 from maskedtrain.optim import MaskedAdamW, MaskedSGD
-from maskedtrain.training.checkpoint import Checkpoints
+from tests.train.error_feedback_toolbox import D, Given, loop, loss_of, memory_of, mlp
 from tests.train.toolbox import TOKENS, Tied, assert_equal, gradients, integers, noise, snapshot
-
-BATCH = 16
-D = 12 * 20 + 20 + 20 * 10 + 10 + 10 * 4 + 4
-
-
-def mlp() -> Any:
-    torch.manual_seed(0)
-    return MLP(12, (20, 10), 4)
-
-
-def loss_of(model: nn.Module, seed: int = 0) -> Callable[[], Tensor]:
-    dtype = next(model.parameters()).dtype
-    x, y = noise(BATCH, 12, seed=seed).to(dtype), torch.arange(BATCH) % 4
-    return lambda: F.cross_entropy(model(x), y)
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    return [(noise(BATCH, 12, seed=i), torch.arange(BATCH) % 4) for i in range(count)]
-
-
-def loop(model: nn.Module, method: Method, optimizer: Any, steps: range) -> None:
-    """A stock loop."""
-    for step in steps:
-        plan = method.plan(step)
-        plan.backward(loss_of(model, step))
-        plan = method.after_backward(step, plan)
-        optimizer.step(plan.update, lr_scale=plan.lr_scale)
-        optimizer.zero_grad()
-
-
-def memory_of(method: ErrorFeedback) -> dict[str, Tensor]:
-    return {name: held.clone() for name, held in method.state_dict()["memory"].items()}
-
-
-class Given(nn.Module):
-    """Parameters whose gradients a test gives."""
-
-    p0: nn.Parameter
-    p1: nn.Parameter
-    p2: nn.Parameter
-
-    def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        for i, shape in enumerate(shapes):
-            self.register_parameter(f"p{i}", nn.Parameter(torch.zeros(shape, dtype=dtype)))
-
-    def step(self, method: ErrorFeedback, *grads: Tensor | None) -> SubNetwork:
-        """Give gradients; ``parameter.grad`` is c_t then. Returns what would be updated."""
-        for parameter, grad in zip(self.parameters(), grads, strict=True):
-            parameter.grad = grad if grad is None else grad.clone()
-        return method.after_backward(0, method.plan(0)).update
-
 
 # The algorithm
 
@@ -386,109 +326,3 @@ def test_of_several_dtypes_magnitudes_compare() -> None:
     found = largest([torch.tensor([1.0, 3.0]).bfloat16(), torch.tensor([2.0, -4.0]).double()], 2)
     assert found == [pk.Packed([1]), pk.Packed([1])]
     assert largest([torch.ones(2)], 5) == [pk.Packed([0, 1])] and largest([], 3) == []
-
-
-# State
-
-
-def test_a_resumed_run_goes_on_bit_for_bit() -> None:
-    def make() -> tuple[nn.Module, Trainer]:
-        model = mlp()
-        optimizer = MaskedSGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, Trainer(model, ErrorFeedback(model, 0.05), optimizer, F.cross_entropy)
-
-    saved, data = io.BytesIO(), batches(9)
-    model, trainer = make()
-    for report in trainer.steps(data, until=9):
-        if report.step == 4:
-            torch.save([model.state_dict(), trainer.state_dict()], saved)
-    after = snapshot(model)
-    ended = memory_of(trainer.method)  # pyright: ignore[reportArgumentType]
-    for kept in (True, False):
-        saved.seek(0)
-        weights, state = torch.load(saved, weights_only=True)
-        model, trainer = make()
-        model.load_state_dict(weights)
-        if not kept:
-            state["method"]["memory"] = {}
-        trainer.load_state_dict(state)
-        for _ in trainer.steps(data[4:], until=9):
-            pass
-        same = all(torch.equal(tensor, after[name]) for name, tensor in snapshot(model).items())
-        # Without its memory it would be another run.
-        assert same == kept
-        if kept:
-            assert_equal(memory_of(trainer.method), ended)  # pyright: ignore[reportArgumentType]
-
-
-def test_a_loaded_state_is_a_copy() -> None:
-    model = Given((3,))
-    method = ErrorFeedback(model, 1)
-    model.step(method, torch.tensor([3.0, 2.0, 1.0]))
-    state = method.state_dict()
-    other = ErrorFeedback(model, 1)
-    other.load_state_dict(state)
-    method.scale_memory(0.0)
-    assert memory_of(other)["p0"].tolist() == [0.0, 2.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({}, r"must hold a memory, got \[\]"),
-        ({"memory": {}, "k": 1}, "must hold a memory"),
-        ({"memory": {"p1": torch.ones(3)}}, "the memory of 'p1' fits no parameter"),
-        ({"memory": {"p0": torch.ones(4)}}, "the memory of 'p0' fits no parameter"),
-    ],
-)
-def test_states_that_do_not_fit(state: dict[str, Any], message: str) -> None:
-    model = Given((3,))
-    method = ErrorFeedback(model, 1)
-    model.step(method, torch.tensor([3.0, 2.0, 1.0]))
-    before = memory_of(method)
-    with pytest.raises(ValueError, match=message):
-        method.load_state_dict(state)
-    assert_equal(memory_of(method), before)
-
-
-# Options and runs
-
-
-@pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, float("nan"), True, "1"])
-def test_counts_that_are_none(k: Any) -> None:
-    with pytest.raises(ValueError, match="k must be a count"):
-        ErrorFeedback(mlp(), k)
-
-
-def test_other_bad_options() -> None:
-    with pytest.raises(ValueError, match=r'scope must be "global" or "tensor", got \'layer\''):
-        ErrorFeedback(mlp(), 1, scope="layer")
-    with pytest.raises(ValueError, match="k must be a count"):
-        Config(ratio=2.0)
-    for factor in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="factor must be >= 0 and finite"):
-            Memory().scale(factor)
-
-
-def test_it_is_found_by_its_name() -> None:
-    assert methods.configs()["errorfeedback"] is Config
-    built = Config(ratio=0.2, scope="tensor").build(mlp())
-    assert (built.k, built.scope) == (0.2, "tensor")
-    assert Config(k=5).build(mlp()).k == 5
-    config = TrainConfig(method=Config(ratio=0.1))
-    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-
-
-def test_a_run_resumes_bit_for_bit_from_the_command_line(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    options = "--model mlp --hidden 40 20 --method errorfeedback --ratio 0.05 --epochs 2"
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    cli.main(["train", *shlex.split(options), "--out", str(whole), "--max-steps", "6"])
-    cli.main(["train", *shlex.split(options), "--out", str(parted), "--max-steps", "3"])
-    cli.main(["train", "--resume", str(parted), "--max-steps", "6"])
-    first, second = (Checkpoints(run / "checkpoints").load() for run in (whole, parted))
-    assert first.step == second.step == 6
-    assert_equal(second.weights, first.weights)
-    method = first.state["trainer"]["method"]
-    assert_equal(second.state["trainer"]["method"]["memory"], method["memory"])
-    assert sum(int(held.count_nonzero()) for held in method["memory"].values()) > 0
