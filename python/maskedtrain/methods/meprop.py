@@ -19,7 +19,7 @@ from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.surgery import check_layer, leave_fast_path
 from partial_kernels import Index
 
-__all__ = ["Config", "MeProp", "chosen_layers"]
+__all__ = ["Config", "MeProp", "TopKConfig", "chosen_layers"]
 
 Variant = Literal["backward", "true"]
 
@@ -193,18 +193,14 @@ def _kept_rows(subnet: SubNetwork) -> SubNetwork:
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig):
-    """meProp: the backward of linear layers from the largest elements alone."""
-
-    name = "meprop"
+class TopKConfig(MethodConfig):
+    """What methods with a sparsified backward have in common."""
 
     ratio: float = 0.05
-    """Share of a layer's outputs whose gradients are kept (variant true: of all parameters)."""
+    """Share of a layer's outputs whose gradients are kept; of its first ones where it shrinks, and
+    of all parameters with variant true."""
     k: int | None = None
     """Or their number, in place of the share."""
-    variant: Literal["backward", "true"] = "backward"
-    """backward sparsifies back-propagation; true computes the exact gradient and updates the
-    parameters where it is largest."""
     per: Literal["row", "batch"] = "row"
     """Keep outputs for each example (or token), or the same ones for the batch."""
     layers: tuple[str, ...] = ("*",)
@@ -219,16 +215,29 @@ class Config(MethodConfig):
     """Gradients of biases from all outputs, or from those that are kept."""
 
     def __post_init__(self) -> None:
-        kept_count(float(self.ratio) if self.k is None else self.k, 1)
+        kept_count(self.count, 1)
+
+    @property
+    def count(self) -> int | float:
+        """The number that is kept, or the share."""
+        return float(self.ratio) if self.k is None else self.k
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the methods take by these names."""
+        names = ("per", "layers", "exclude", "weight_grad", "bias_grad")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Config(TopKConfig):
+    """meProp: the backward of linear layers from the largest elements alone."""
+
+    name = "meprop"
+
+    variant: Literal["backward", "true"] = "backward"
+    """backward sparsifies back-propagation; true computes the exact gradient and updates the
+    parameters where it is largest."""
 
     def build(self, model: nn.Module) -> MeProp:
-        return MeProp(
-            model,
-            self.ratio if self.k is None else self.k,
-            variant=self.variant,
-            per=self.per,
-            layers=self.layers,
-            exclude=self.exclude,
-            weight_grad=self.weight_grad,
-            bias_grad=self.bias_grad,
-        )
+        return MeProp(model, self.count, variant=self.variant, **self.options)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from maskedtrain.layers import TopKLinear
 from maskedtrain.layers.topk import BiasGrad, Per, WeightGrad, kept_count
 from maskedtrain.methods._neurons import neurons_of
-from maskedtrain.methods.base import MethodConfig, Plan
-from maskedtrain.methods.meprop import MeProp, chosen_layers
+from maskedtrain.methods.base import Plan
+from maskedtrain.methods.meprop import MeProp, TopKConfig, chosen_layers
 from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.shrink import check_widths, take_neurons
 from partial_kernels import Index, topk_select
@@ -231,48 +231,28 @@ def _check(share: float, cycle: int, until: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig):
+class Config(TopKConfig):
     """meSimp: meProp that takes neurons out of the network that are seldom updated."""
 
     name = "mesimp"
 
-    ratio: float = 0.05
-    """Share of a layer's first outputs whose gradients are kept."""
-    k: int | None = None
-    """Or their number, in place of the share."""
     share: float = 0.02
     """Neurons that are kept in a smaller share of a cycle's selections go."""
     cycle: int = 100
     """Steps from one removal to the next."""
     until: int | None = None
     """Steps after which nothing is removed any more; there is no such end where not given."""
-    per: Literal["row", "batch"] = "row"
-    """Keep outputs for each example (or token), or the same ones for the batch."""
-    layers: tuple[str, ...] = ("*",)
-    """Patterns of the names of the layers to sparsify."""
-    exclude: tuple[str, ...] | None = None
-    """Patterns of layers that stay as they are; the output layer, the model's last linear one,
-    where not given."""
-    weight_grad: Literal["full", "rows"] = "full"
-    """rows, which needs per batch, updates the rows of weights that were kept alone: no decay and
-    no momentum for the others."""
-    bias_grad: Literal["full", "topk"] = "full"
-    """Gradients of biases from all outputs, or from those that are kept."""
 
     def __post_init__(self) -> None:
-        kept_count(float(self.ratio) if self.k is None else self.k, 1)
+        super().__post_init__()
         _check(self.share, self.cycle, self.until)
 
     def build(self, model: nn.Module) -> MeSimp:
         return MeSimp(
             model,
-            self.ratio if self.k is None else self.k,
+            self.count,
             share=self.share,
             cycle=self.cycle,
             until=self.until,
-            per=self.per,
-            layers=self.layers,
-            exclude=self.exclude,
-            weight_grad=self.weight_grad,
-            bias_grad=self.bias_grad,
+            **self.options,
         )
