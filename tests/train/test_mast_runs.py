@@ -331,6 +331,23 @@ def test_the_command_line(tmp_path: Path, options: str, capsys: Any) -> None:
     assert "full" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("algorithm", ["l-svrdsg", "s-page"])
+def test_a_run_is_as_long_when_it_is_resumed(tmp_path: Path, algorithm: str) -> None:
+    """Its first step, at an anchor, takes more mini-batches than those that an epoch is of."""
+    pytest.importorskip("sklearn")
+    common = "--dataset digits --model mlp --hidden 8 --method mast --lr 0.01 --epochs 0.5"
+    options = shlex.split(f"{common} --algorithm {algorithm} --sketches 4")
+    lengths: list[int] = []
+    for name, stops in (("whole", []), ("stopped", ["--max-steps", "2"])):
+        out = tmp_path / name
+        cli.main(["train", *options, "--out", str(out), *stops])
+        if stops:
+            cli.main(["train", "--resume", str(out), "--max-steps", "99"])
+        (row,) = json.loads((out / "summary.json").read_text())["results"]
+        lengths.append(row["iterations"])
+    assert lengths[0] == lengths[1] > 2
+
+
 def test_sketched_networks_are_better_than_those_of_fine_tuning() -> None:
     """By the script of the method's page: one row of its table, of one seed and learning rate."""
     pytest.importorskip("sklearn")

@@ -116,6 +116,7 @@ def test_a_step_costs_what_is_claimed(name: str) -> None:
     x, y = noise(BATCH, I), torch.arange(BATCH) % C
     for step, flops in enumerate(expected):
         plan = method.plan(step)
+        assert plan.batches == method.batches
         # Twice: the first pass of a plan may know nothing of a past one yet.
         for _ in range(2):
             with FlopCounterMode(display=False) as counter:

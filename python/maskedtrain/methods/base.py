@@ -169,6 +169,13 @@ class Method:
         """
         return self.subnets
 
+    @property
+    def batches(self) -> int:
+        """How many mini-batches a usual step runs on, whatever the method's state: what epochs are
+        counted by. Single steps may want more (``Plan.batches``).
+        """
+        return 1
+
     def prepare(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
         """Called before the first step, and, after ``load_state_dict``, where training resumes:
         what a method needs to know of the training data.

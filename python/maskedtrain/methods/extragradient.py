@@ -58,6 +58,10 @@ class Extragradient(Method):
         self._past = look == "past"
         self._plan = Plan((step,) if self._past else (look_first, step), update=subnet)
 
+    @property
+    def batches(self) -> int:
+        return self._plan.batches
+
     def plan(self, step: int) -> Plan:
         return self._plan
 

@@ -134,6 +134,10 @@ class IST(Method):
         """The workers' parts in this round: in others the same costs are in other hands."""
         return {part.name: part for part in self.parts}
 
+    @property
+    def batches(self) -> int:
+        return self.workers
+
     def _deal(self, round: int) -> None:
         """Begin a round: everything here depends on the seed and the round alone."""
         self.round, self.local_step = round, 0

@@ -146,6 +146,11 @@ class MAST(Method):
         more = {} if self.algorithm == "sgd" else {"anchor": anchor}
         return {**self.subnets, "mast": self._typical, **more}
 
+    @property
+    def batches(self) -> int:
+        # Those of anchors are left out: their number is drawn.
+        return self.differences if self.algorithm == "s-page" else len(self._workers)
+
     # Draws
 
     def draw(self, step: int, worker: int = 0) -> Draw:

@@ -130,7 +130,7 @@ class _Session:
         config = run.config
         self.run = run
         self.loader = run.task.train_batches()
-        batches = config.optim.accumulate * run.method.plan(0).batches
+        batches = config.optim.accumulate * run.method.batches
         self.steps_per_epoch = max(1, len(self.loader) // batches)
         self.total = max(1, round(config.run.epochs * self.steps_per_epoch))
         optimizer, scheduler = make_optimizer(config.optim, run.model, self.total)
