@@ -67,7 +67,9 @@ class Mask:
         if index is None or index.device == device:
             return index
         if torch.compiler.is_compiling():
-            return index.to(device)
+            # To be found there: a copy in a compiled call would be made, and waited for, in each.
+            held: dict[Any, Tensor] = self.__dict__.get("_copies", {})
+            return held[name, device] if (name, device) in held else index.to(device)
         copies: dict[Any, Tensor] = self.__dict__.setdefault("_copies", {})
         if (copied := copies.get((name, device))) is None:
             # One that is made in inference mode could not be saved for a backward later.

@@ -94,6 +94,11 @@ class SubNetwork:
                 raise ValueError(
                     f"{parameter} is tied to a parameter with another mask: {earlier}, {mask}"
                 )
+        for parameter, mask in self._by_parameter.items():
+            if isinstance(mask, Index):
+                # To be found there by compiled calls, which would copy them in each.
+                for axis in ("rows", "cols"):
+                    mask.on(parameter.device, axis)
         self._leave_out()
 
     def _leave_out(self) -> None:
@@ -329,14 +334,15 @@ class SubNetwork:
         before = [module.active for module, _ in self._aware]
         with ExitStack() as stack:
             try:
+                # Not by nn.Module's own setattr, which looks for parameters first: 2 us each.
                 for module, active in self._aware:
-                    module.active = active
+                    vars(module)["active"] = active
                 for module, partial in self._plain:
                     stack.enter_context(zeroed(module, partial))
                 yield self
             finally:
                 for (module, _), active in zip(self._aware, before, strict=True):
-                    module.active = active
+                    vars(module)["active"] = active
 
     def extract(self, *, share: bool = False) -> nn.Module:
         """The sub-network as a module of its own, of plain ``torch.nn`` layers with the model's

@@ -1,9 +1,8 @@
-"""Batches of sentence pairs: what they hold, their budget, order, position; prefetching."""
+"""Batches of sentence pairs: what they hold, their budget, order, position; buckets."""
 
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,19 +11,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
-from maskedtrain.data import token_batches
-from maskedtrain.data._prefetch import prefetched
+from maskedtrain.data._buckets import make_buckets
 from maskedtrain.data.token_batches import TokenBatches
 from maskedtrain.data.translation import Ragged, TranslationSplit
 from maskedtrain.data.vocabulary import BOS, EOS, PAD
+from maskedtrain.methods.cores import core_chain
+from maskedtrain.models.transformer import Transformer
+from maskedtrain.training.losses import cross_entropy
 
 Sides = list[tuple[list[int], list[int]]]
 
 ids = st.lists(st.integers(4, 99), max_size=12)
 sides = st.lists(st.tuples(ids, ids), min_size=1, max_size=40)
 budgets = st.integers(1, 60)
+buckets = st.none() | st.integers(1, 5)
 
 
 def make_split(pairs: Sides) -> TranslationSplit:
@@ -41,11 +44,16 @@ def some_split(count: int = 50, seed: int = 0) -> TranslationSplit:
     )
 
 
-def pairs_of(batches: Any) -> Sides:
-    """The pairs that batches were made of; asserts that their parts agree."""
+def pairs_of(batches: Any, *, filled: bool = False) -> Sides:
+    """The pairs that batches were made of, empty ones that fill them up left out; asserts that
+    their parts agree.
+    """
     found: Sides = []
     for (source, decoder_input), targets in batches:
         for row in range(len(source)):
+            if filled and (targets[row] == -100).all():
+                assert sentence(source[row]) == sentence(decoder_input[row], end=BOS) == []
+                continue
             found.append((sentence(source[row]), sentence(targets[row], fill=-100)))
             length = len(found[-1][1]) + 1
             assert decoder_input[row, :length].tolist() == [BOS, *found[-1][1]]
@@ -53,11 +61,11 @@ def pairs_of(batches: Any) -> Sides:
     return found
 
 
-def sentence(row: Tensor, fill: int = PAD) -> list[int]:
-    """The ids before eos; asserts that nothing but filling comes after it."""
-    end = row.tolist().index(EOS)
-    assert (row[end + 1 :] == fill).all()
-    return row[:end].tolist()
+def sentence(row: Tensor, fill: int = PAD, end: int = EOS) -> list[int]:
+    """The ids before the end; asserts that nothing but filling comes after it."""
+    length = row.tolist().index(end)
+    assert (row[length + 1 :] == fill).all()
+    return row[:length].tolist()
 
 
 def take(batches: TokenBatches, count: int) -> list[Any]:
@@ -130,12 +138,13 @@ def test_shuffling_is_of_pairs_and_of_batches():
 
 
 @settings(max_examples=30)
-@given(sides, budgets, st.integers(0, 2**40), st.integers(0, 50), st.booleans())
+@given(sides, budgets, st.integers(0, 2**40), st.integers(0, 50), st.booleans(), buckets)
 def test_a_fresh_loader_goes_on_bitwise(
-    pairs: Sides, max_tokens: int, seed: int, done: int, shuffle: bool
+    pairs: Sides, max_tokens: int, seed: int, done: int, shuffle: bool, buckets: int | None
 ):
     def make() -> TokenBatches:
-        return TokenBatches(make_split(pairs), max_tokens, seed=seed, shuffle=shuffle)
+        options: Any = {"seed": seed, "shuffle": shuffle, "buckets": buckets}
+        return TokenBatches(make_split(pairs), max_tokens, **options)
 
     # Global random state is not looked at.
     torch.manual_seed(done)
@@ -187,6 +196,7 @@ def test_one_pass_leaves_the_position_and_follows_its_epoch():
         ({"max_tokens": 41}, "max_tokens must be 40, got 41"),
         ({"seed": 1}, "seed must be 0, got 1"),
         ({"shuffle": True}, "shuffle must be False, got True"),
+        ({"buckets": 4}, "buckets must be None, got 4"),
         ({"num_pairs": 49}, "num_pairs must be 50, got 49"),
         ({"digest": "0"}, "digest must be [0-9a-f]{64}, got 0"),
         ({"batch": 1000}, r"batch in \[0, \d+\), got epoch 0, batch 1000"),
@@ -223,6 +233,7 @@ def test_digests_tell_data_apart():
     [
         (some_split(), {"max_tokens": 0}, "max_tokens must be >= 1, got 0"),
         (some_split(), {"max_tokens": 9, "seed": -1}, "seed must be >= 0, got -1"),
+        (some_split(), {"max_tokens": 9, "buckets": 0}, "buckets must be >= 1, got 0"),
         (make_split([]), {"max_tokens": 9}, "there is no pair of sentences"),
     ],
 )
@@ -231,69 +242,129 @@ def test_bad_arguments(split: TranslationSplit, options: dict[str, int], message
         TokenBatches(split, **options)
 
 
-# Prefetching
+# Buckets
 
 
-def test_batches_made_ahead_are_the_same(monkeypatch: pytest.MonkeyPatch):
-    """What CUDA does, without it."""
-
-    class Ahead(TokenBatches):
-        def _placed(self, array: Any) -> Tensor:
-            return torch.from_numpy(array)
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    plain, ahead = TokenBatches(some_split(), 40), Ahead(some_split(), 40, device="cuda")
-    assert ahead.device == torch.device("cuda", 1)
-    threads = threading.active_count()
-    stream = ahead.stream()
-    found = list(itertools.islice(stream, 2 * len(ahead) + 3))
-    assert threading.active_count() == threads + 1
-    assert pairs_of(found) == pairs_of(take(plain, 2 * len(plain) + 3))
-    # What was made ahead and not handed out is not counted.
-    assert ahead.state_dict() == plain.state_dict() and ahead.batch == 3
-    del stream
-    assert threading.active_count() == threads
-
-
-def test_on_the_host_there_is_no_thread(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_batches, "prefetched", None)
-    assert len(take(TokenBatches(some_split(), 40), 3)) == 3
+@given(sides, budgets, st.integers(1, 5), st.booleans())
+def test_buckets_have_few_shapes_and_every_pair_once(
+    pairs: Sides, max_tokens: int, count: int, shuffle: bool
+):
+    batches = TokenBatches(make_split(pairs), max_tokens, shuffle=shuffle, buckets=count)
+    for _ in range(2):
+        found = take(batches, len(batches))
+        assert sorted(pairs_of(found, filled=True)) == sorted(pairs)
+        shapes = {(*source.shape, targets.shape[1]) for (source, _), targets in found}
+        assert len(shapes) <= count
+        for B, S, T in shapes:
+            longest = max(S, T)
+            # As many pairs as fit: a bucket's last batch, too.
+            assert max(1, max_tokens // longest) == B
+        for (source, decoder_input), targets in found:
+            assert decoder_input.shape == targets.shape and len(source) == len(targets)
+            assert (targets != -100).any()
+            assert {t.dtype for t in (source, decoder_input, targets)} == {torch.int64}
 
 
-def test_prefetched_items_come_in_order_and_end():
-    threads = threading.active_count()
-    assert list(prefetched(iter(range(100)), depth=2)) == list(range(100))
-    assert threading.active_count() == threads
+def test_a_bucket_on_worked_numbers():
+    pairs: Sides = [([7], [8, 9]), ([5, 6, 7], [4]), ([5], [])]
+    batches = TokenBatches(make_split(pairs), 8, buckets=1)
+    (_, ((source, decoder_input), targets)) = batches
+    # Two pairs fit a batch; the second one's other row is empty, the lengths are the longest ones.
+    assert source.tolist() == [[7, EOS, PAD, PAD], [EOS, PAD, PAD, PAD]]
+    assert decoder_input.tolist() == [[BOS, 8, 9], [BOS, PAD, PAD]]
+    assert targets.tolist() == [[8, 9, EOS], [-100, -100, -100]]
 
 
-def test_no_more_is_made_ahead_than_asked_for():
-    made: list[int] = []
-    third = threading.Event()
-
-    def items() -> Iterator[int]:
-        for i in range(100):
-            made.append(i)
-            if len(made) == 4:
-                third.set()
-            yield i
-
-    ahead = prefetched(items(), depth=2)
-    assert next(ahead) == 0
-    # One handed out, two waiting, one in the thread's hands.
-    assert third.wait(10)
-    ahead.close()
-    assert made == [0, 1, 2, 3]
+lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=25)
 
 
-def test_an_error_comes_where_its_item_would_have():
-    def items() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise KeyError("damaged")
+@given(lengths, budgets, st.integers(1, 4))
+def test_an_epoch_has_the_fewest_tokens(pairs: list[tuple[int, int]], max_tokens: int, count: int):
+    source, target = np.array(pairs).T
+    longest = np.maximum(source, target)
 
-    threads = threading.active_count()
-    ahead = prefetched(items())
-    assert [next(ahead), next(ahead)] == [1, 2]
-    with pytest.raises(KeyError, match="damaged"):
-        next(ahead)
-    assert threading.active_count() == threads
+    def tokens(bucket: NDArray[np.int64]) -> int:
+        total = 0
+        for one in np.unique(bucket):
+            S, T = source[bucket == one].max(), target[bucket == one].max()
+            B = max(1, max_tokens // max(S, T))
+            total += -(-int((bucket == one).sum()) // B) * B * (S + T)
+        return total
+
+    bucket, shapes = make_buckets(source, target, max_tokens, count)
+    ends = range(1, 9)
+    cuts = (c for n in range(count) for c in itertools.combinations(ends, n))
+    assert tokens(bucket) == min(tokens(np.searchsorted(cut, longest)) for cut in cuts)
+    assert sorted(set(bucket)) == list(range(len(shapes)))
+    for i, (B, S, T) in enumerate(shapes):
+        assert (source[bucket == i].max(), target[bucket == i].max()) == (S, T)
+        assert max(1, max_tokens // max(S, T)) == B
+    # From short to long.
+    parts = [longest[bucket == i] for i in range(len(shapes))]
+    assert all(short.max() < long.min() for short, long in itertools.pairwise(parts))
+
+
+def test_in_a_bucket_pairs_meet_others_each_epoch():
+    batches = TokenBatches(some_split(400), 40, shuffle=True, buckets=3)
+    epochs = [take(batches, len(batches)) for _ in range(2)]
+    contents = [{tuple(map(str, pairs_of([b], filled=True))) for b in part} for part in epochs]
+    assert len(contents[0] & contents[1]) < 5
+    plain = list(TokenBatches(some_split(400), 40, buckets=3))
+    sizes = [source.shape[1] for (source, _), _ in plain]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+
+
+def test_a_state_from_before_there_were_buckets_is_read():
+    batches = TokenBatches(some_split(), 40)
+    take(batches, 3)
+    state = batches.state_dict()
+    del state["buckets"]
+    fresh = TokenBatches(some_split(), 40)
+    fresh.load_state_dict(state)
+    assert fresh.batch == 3
+    with pytest.raises(ValueError, match="buckets must be 2, got None"):
+        TokenBatches(some_split(), 40, buckets=2).load_state_dict(state)
+
+
+def each_alone(batch: Any) -> Iterator[Any]:
+    """The pairs of a batch as batches of one, without any padding."""
+    (source, decoder_input), targets = batch
+    for row in range(len(source)):
+        S, T = int((source[row] != PAD).sum()), int((targets[row] != -100).sum())
+        if T:
+            one = slice(row, row + 1)
+            yield (source[one, :S], decoder_input[one, :T]), targets[one, :T]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("network", ["full", "core"])
+def test_filling_changes_no_loss_and_no_gradient(
+    network: str, norm: Any, autocast: torch.dtype | None
+):
+    torch.manual_seed(0)
+    sizes: Any = {"d_model": 8, "heads": 2, "ffn": 16, "encoder_layers": 1, "decoder_layers": 2}
+    model = Transformer(99, 99, dropout=0.0, norm=norm, **sizes)
+    subnets = {s.name: s for s in core_chain(model, "lowrank", (0.25,), round_to=1)}
+    model.to(torch.float64 if autocast is None else torch.float32)
+    (batch,) = TokenBatches(some_split(30), 400, buckets=1)
+    count = int((batch[1] != -100).sum())
+    assert len(batch[1]) > 30 and count < batch[1].numel() / 2
+    found: list[list[Tensor]] = []
+    for parts in ([batch], list(each_alone(batch))):
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for inputs, targets in parts:
+            enabled = autocast is not None
+            with subnets[network].activate(), torch.autocast("cpu", autocast, enabled=enabled):
+                loss = cross_entropy(model(*inputs), targets, 0.1)
+            share = loss * (int((targets != -100).sum()) / count)
+            share.backward()
+            total += share.detach()
+        # In one vector: of a key's bias the gradient is 0 but for rounding.
+        gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append([total, torch.cat(gradient)])
+    # Sums in another order; bf16 resolves 2^-8.
+    tolerance = 1e-12 if autocast is None else 2**-6
+    for filled, alone in zip(*found, strict=True):
+        assert (filled - alone).norm() <= tolerance * alone.norm()

@@ -109,6 +109,27 @@ def test_a_run_cut_in_an_epoch_goes_on_bitwise(
         assert_identical(found.state[part], expected.state[part])
 
 
+def test_a_run_on_few_shapes_goes_on_bitwise_and_counts_what_is_padded(
+    tmp_path: Path, cache: Path, assert_identical: Any
+):
+    options = "--epochs 2 --buckets 3"
+    train(tmp_path / "whole", cache, options)
+    train(tmp_path / "cut", cache, f"{options} --max-steps 7")
+    cli.main(["train", "--resume", str(tmp_path / "cut"), "--max-steps", "1000000"])
+    whole, cut = (restored(tmp_path / name)[0].checkpoints.load() for name in ("whole", "cut"))
+    assert_identical(cut.weights, whole.weights)
+    for part in ("trainer", "loader", "train_flops"):
+        assert_identical(cut.state[part], whole.state[part])
+    run, task = restored(tmp_path / "whole")
+    assert task.shapes == 3 and task.eval_batches("val").buckets is None
+    stream, shapes, total = task.train_batches().stream(), set[tuple[int, ...]](), 0
+    for step in range(whole.step):
+        (source, target), _ = next(stream)
+        shapes.add((*source.shape, target.shape[1]))
+        total += list(run.method.subnets.values())[step % 2].flops(source, target, training=True)
+    assert len(shapes) == 3 and whole.state["train_flops"] == total
+
+
 def test_flops_by_the_formula_are_those_that_torch_counts(trained: Path):
     run, task = restored(trained)
     for name, subnet in run.method.subnets.items():

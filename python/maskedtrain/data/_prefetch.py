@@ -5,16 +5,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, TypeVar
 
 __all__ = ["prefetched"]
 
 _Item = TypeVar("_Item")
 
 
-def prefetched(items: Iterator[_Item], *, depth: int = 4) -> Generator[_Item, None, None]:
-    """The items in their order, up to ``depth`` of them made ahead by a thread.
+def prefetched(
+    items: Iterator[_Item], *, depth: int = 4, within: AbstractContextManager[Any] | None = None
+) -> Generator[_Item, None, None]:
+    """The items in their order, up to ``depth`` of them made ahead by a thread, in the context
+    ``within``.
 
     An error of the iterator is raised where its item would have come. The thread ends with the
     items, or when this generator is closed or collected.
@@ -30,10 +33,11 @@ def prefetched(items: Iterator[_Item], *, depth: int = 4) -> Generator[_Item, No
 
     def work() -> None:
         try:
-            for item in items:
-                put((True, item))
-                if stopped.is_set():
-                    return
+            with within or nullcontext():
+                for item in items:
+                    put((True, item))
+                    if stopped.is_set():
+                        return
             put((False, None))
         except BaseException as error:
             put((False, error))

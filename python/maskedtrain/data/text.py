@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedtrain.data._buckets import Shape
 from maskedtrain.data.base import DataConfig
 from maskedtrain.data.translation import Ragged, TokenBatches, TranslationSplit
 from maskedtrain.data.vocabulary import Vocabulary
@@ -41,12 +42,12 @@ class TextBatches(TokenBatches):
     """Batches ``(tokens, labels)`` of sentences of about the same lengths.
 
     tokens int64 ``[B, S]`` end with eos and are padded on the right with 0; labels int64 ``[B]``.
-    A batch has as many sentences as ``B * max(S, 2) <= max_tokens`` allows. Order and position are
-    those of ``TokenBatches``.
+    A batch has as many sentences as ``B * max(S, 2) <= max_tokens`` allows. Order, position and
+    buckets are those of ``TokenBatches``.
     """
 
-    def _load(self, index: NDArray[np.int64]) -> Any:
-        (tokens, _), targets = super()._load(index)
+    def _load(self, index: NDArray[np.int64], shape: Shape | None) -> Any:
+        (tokens, _), targets = super()._load(index, shape)
         # Behind the label there is a target's end.
         return tokens, targets[:, 0]
 
@@ -81,6 +82,9 @@ class TextConfig(DataConfig):
     """Largest size of a batch, in padded tokens."""
     eval_max_tokens: int = 8192
     """The same of a batch of an evaluation."""
+    buckets: int | None = None
+    """Pad training batches to so few shapes, each of which a compiled model compiles by itself; to
+    the smallest for each batch where not given."""
     val_sentences: int = 1000
     """Sentences held out of the training side to validate on."""
     train_part: tuple[float, float] = (0.0, 1.0)
@@ -90,8 +94,8 @@ class TextConfig(DataConfig):
     """Seed that draws the sentences to validate on and the parts."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "eval_max_tokens", "val_sentences"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("max_tokens", "eval_max_tokens", "buckets", "val_sentences"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         start, stop = self.train_part
         if not 0 <= start < stop <= 1:

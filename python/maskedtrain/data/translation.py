@@ -153,6 +153,9 @@ class TranslationConfig(DataConfig):
     """Largest size of a batch, in padded tokens of its longer side."""
     eval_max_tokens: int = 8192
     """The same of a batch of an evaluation."""
+    buckets: int | None = None
+    """Pad training batches to so few shapes, each of which a compiled model compiles by itself; to
+    the smallest for each batch where not given."""
     max_length: int = 256
     """Longest sentence to train on, in tokens with its end; longer ones are left out."""
     val_beam: int = 1
@@ -165,9 +168,9 @@ class TranslationConfig(DataConfig):
     """Folder for what is made of the sentences; the user's cache folder where not given."""
 
     def __post_init__(self) -> None:
-        counts = ("max_tokens", "eval_max_tokens", "max_length", "val_beam", "beam")
+        counts = ("max_tokens", "eval_max_tokens", "buckets", "max_length", "val_beam", "beam")
         for name in counts:
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.max_tokens < self.max_length:
             raise ValueError(

@@ -105,6 +105,11 @@ class Task(ABC):
     def train_batches(self) -> Batches:
         """The training data, in an order that the seed settles."""
 
+    @property
+    def shapes(self) -> int | None:
+        """How many shapes training batches have, where these are few."""
+        return None
+
     @abstractmethod
     def eval_batches(self, split: Split) -> Iterable[Batch]:
         """The data of a split, once and in order."""

@@ -88,7 +88,12 @@ class Task(base.Task):
             seed=self.config.run.seed,
             device=self.device,
             shuffle=True,
+            buckets=self.options.buckets,
         )
+
+    @property
+    def shapes(self) -> int | None:
+        return self.options.buckets
 
     def eval_batches(self, split: base.Split) -> TokenBatches:
         return TokenBatches(

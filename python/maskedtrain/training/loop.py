@@ -21,6 +21,7 @@ from maskedtrain.optim.base import MaskedOptimizer
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.theory.criteria import Measured, MeasuredStep, at_x, step_gradients
 from maskedtrain.theory.smoothness import Smoothness, smoothness
+from maskedtrain.training.compiled import compiled
 
 __all__ = [
     "IGNORED",
@@ -90,6 +91,8 @@ class Trainer:
         clip_grad_norm: largest norm of the gradient.
         accumulate: mini-batches whose losses are averaged for one step, by number of targets.
         compile: run the training passes through ``torch.compile``.
+        shapes: how many shapes batches have, where they are few: each is then compiled by itself.
+            Where not given, what a network is compiled to second takes any.
         check_every: steps between checks that losses are finite. A check waits for the device;
             before a step it keeps a bad gradient from being applied, so 1 is right wherever that
             costs little.
@@ -125,6 +128,7 @@ class Trainer:
         clip_grad_norm: float | None = None,
         accumulate: int = 1,
         compile: bool = False,
+        shapes: int | None = None,
         check_every: int = 1,
         measure_every: int = 0,
         measure_smoothness: bool = False,
@@ -138,6 +142,8 @@ class Trainer:
             raise ValueError(
                 f"accumulate and check_every must be >= 1, got {accumulate} and {check_every}"
             )
+        if shapes is not None and shapes < 1:
+            raise ValueError(f"shapes must be >= 1, got {shapes}")
         self.model = model
         self.method = method
         self.optimizer = optimizer
@@ -153,7 +159,7 @@ class Trainer:
         self.step = 0
         self.passes = dict.fromkeys(method.subnets, 0)
         self._losses: dict[str, Tensor] = {}
-        self._forward = torch.compile(model) if compile else model
+        self._forward = compiled(model, len(method.networks), shapes) if compile else model
         self._device = next(model.parameters()).device
 
     def steps(self, batches: Iterable[Batch], *, until: int) -> Iterator[StepReport]:
@@ -175,7 +181,9 @@ class Trainer:
                 of the optimizer has changed (running statistics have, in the forward pass).
             ValueError: there are no more batches.
         """
-        self.model.train()
+        # To set what is set takes several times as long as to look.
+        if not all(module.training for module in self.model.modules()):
+            self.model.train()
         plan = self.method.plan(self.step)
         taken = [self._next(batches) for _ in range(plan.batches)]
         reporting = self.measure_every > 0 and self.step % self.measure_every == 0
@@ -187,7 +195,10 @@ class Trainer:
             measured = gradients.measured(plan.update)
         curved = None
         if reporting and self.measure_smoothness:
-            curved = smoothness(self.model, firsts[0], iterations=20)
+            # What is compiled can be differentiated once.
+            curved = smoothness(
+                self.model, partial(self._loss, taken[0][0], self.model), iterations=20
+            )
         losses: dict[str, Tensor] = {}
         for share, *parts in zip(_shares(taken[0]), *taken, strict=True):
             found = plan.backward(*(partial(self._loss, part) for part in parts), scale=share)
@@ -229,10 +240,11 @@ class Trainer:
             raise ValueError(f"the batches ended after {self.step} steps")
         return taken
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, forward: Callable[..., Any] | None = None) -> Tensor:
         inputs, targets = batch
+        forward = forward or self._forward
         with torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None):
-            return self.loss_fn(self._forward(*_arguments(inputs)), targets)
+            return self.loss_fn(forward(*_arguments(inputs)), targets)
 
     def check(self) -> None:
         """Raise NonFiniteError if the last step's losses or the weights are not finite: worth

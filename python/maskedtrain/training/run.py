@@ -7,7 +7,6 @@ import math
 import shlex
 import shutil
 import signal
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from maskedtrain.training.memory import peak_bytes, reset_peak
 from maskedtrain.training.metrics import MetricsLog, plot_curves, write_summary
 from maskedtrain.training.optimizer import make_optimizer
 from maskedtrain.training.signals import Interrupted, noted_signals
-from maskedtrain.training.throughput import Meter, matmul_flops_per_s
+from maskedtrain.training.throughput import Meter, Stretch, matmul_flops_per_s
 
 __all__ = ["Results", "Run", "read_config", "result_row", "train"]
 
@@ -144,13 +143,14 @@ class _Session:
             clip_grad_norm=config.optim.clip_grad_norm,
             accumulate=config.optim.accumulate,
             compile=config.run.compile,
+            shapes=run.task.shapes,
             # On a GPU a check waits for the device; the loop checks before each checkpoint, too.
             check_every=1 if run.device.type == "cpu" else config.run.log_every,
             measure_every=config.run.measure_every or 0,
             measure_smoothness=config.run.measure_smoothness,
             alpha=config.optim.alpha,
         )
-        self.seconds = 0.0
+        self.earlier_seconds = 0.0
         self.train_flops = 0
         self.best: dict[str, float] = {}
         self.saved: Path | None = None
@@ -164,6 +164,11 @@ class _Session:
     def until(self) -> int:
         """The step to train to."""
         return min(self.total, self.run.config.run.max_steps or self.total)
+
+    @property
+    def seconds(self) -> float:
+        """What all steps took, those before it was resumed too; waits for the last ones."""
+        return self.earlier_seconds + self.meter.seconds()
 
     def save(self) -> None:
         self.trainer.check()
@@ -181,7 +186,7 @@ class _Session:
         """Go on from it; its weights are the model's already."""
         self.trainer.load_state_dict(checkpoint.state["trainer"])
         self.loader.load_state_dict(checkpoint.state["loader"])
-        self.seconds = checkpoint.state["seconds"]
+        self.earlier_seconds = checkpoint.state["seconds"]
         self.train_flops = checkpoint.state["train_flops"]
         self.best = checkpoint.state["best"]
         self.saved = checkpoint.path
@@ -218,8 +223,9 @@ class _Session:
         ):
             stream = self.meter.seen(self.loader.stream())
             while trainer.step < until and not stopping:
-                started = time.perf_counter()
+                stretch = Stretch(run.device)
                 report = trainer.train_step(stream)
+                stretch.end()
                 step, last = report.step, report.step == until
                 losses = {
                     name: float(loss)
@@ -227,12 +233,7 @@ class _Session:
                     # By its own count of steps: a method may train another network at every step.
                     if trainer.passes[name] % options.log_every == 0
                 }
-                evaluating = step % eval_every == 0 or last
-                if evaluating:
-                    self._wait()
-                seconds = time.perf_counter() - started
-                self.seconds += seconds
-                self.train_flops += self.meter.step(report.plan, seconds)
+                self.train_flops += self.meter.step(report.plan, stretch.seconds)
                 for name, loss in losses.items():
                     values = {"loss": loss, "lr": report.lr, **self.meter.rates(name)}
                     if trainer.alpha == "auto":
@@ -249,7 +250,7 @@ class _Session:
                         values = {"layer": layer, **one.quantities()}
                         log.log(step, "criteria", name, **self.record(values))
                 bar.update(step)
-                if evaluating:
+                if step % eval_every == 0 or last:
                     found = self.evaluate()
                     for name, result in found.items():
                         log.log(step, "eval", name, **self.record(result))
@@ -262,11 +263,6 @@ class _Session:
             if caught:
                 advice = _go_on(run.folder)
                 raise Interrupted(caught[0], f"stopped at step {trainer.step}; {advice}")
-
-    def _wait(self) -> None:
-        """Wait for the steps that an accelerator has yet to do, so that they are timed as steps."""
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
 
     def record(self, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "train_flops": self.train_flops, "time_s": self.seconds}

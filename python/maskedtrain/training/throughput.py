@@ -14,7 +14,35 @@ from maskedtrain.methods.base import Pass, Plan
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.training.loop import Batch, target_count
 
-__all__ = ["Meter", "matmul_flops_per_s"]
+__all__ = ["Meter", "Stretch", "matmul_flops_per_s"]
+
+
+class Stretch:
+    """A stretch of work on a device, from where this is made to ``end()``.
+
+    On CUDA it is measured there, by events: steps that nobody waits for cost what they cost and not
+    the little time in which they are asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._started = self._ended = self._now()
+
+    def end(self) -> None:
+        """The work has been asked for."""
+        self._ended = self._now()
+
+    def seconds(self) -> float:
+        """How long it took; waits for it."""
+        if self._stream is None:
+            return self._ended - self._started
+        self._ended.synchronize()
+        return self._started.elapsed_time(self._ended) / 1000
+
+    def _now(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        return self._stream.record_event(torch.cuda.Event(enable_timing=True))
 
 
 @dataclass
@@ -48,6 +76,9 @@ class Meter:
         self._networks = networks or {}
         self._known: dict[tuple[str, str, int], Callable[[Any], int]] = {}
         self._taken: list[Batch] = []
+        # Of steps that need not be over: their networks, and how long they take.
+        self._going: list[tuple[set[str], Callable[[], float]]] = []
+        self._seconds = 0.0
         self._spent: dict[str, _Spent] = defaultdict(_Spent)
 
     def seen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -56,8 +87,11 @@ class Meter:
             self._taken.append(batch)
             yield batch
 
-    def step(self, plan: Plan, seconds: float) -> int:
-        """The batches noted since the last call were a step by this plan; returns its FLOPs."""
+    def step(self, plan: Plan, seconds: Callable[[], float]) -> int:
+        """The batches noted since the last call were a step by this plan; returns its FLOPs.
+
+        ``seconds`` says how long it took, for which it may have to wait; it is asked later.
+        """
         each = len(self._taken) // plan.batches
         flops = sum(
             self._pass_flops(plan, item)(inputs)
@@ -65,11 +99,12 @@ class Meter:
             for inputs, _ in self._taken[item.batch * each : (item.batch + 1) * each]
         )
         targets = sum(target_count(targets) for _, targets in self._taken)
-        for name in {item.subnet.name for item in plan.every_pass}:
+        names = {item.subnet.name for item in plan.every_pass}
+        for name in names:
             spent = self._spent[name]
             spent.flops += flops
             spent.targets += targets
-            spent.seconds += seconds
+        self._going.append((names, seconds))
         self._taken.clear()
         return flops
 
@@ -81,8 +116,23 @@ class Meter:
             self._known[key] = self._batch_flops(Plan((counted,), plan.update))
         return self._known[key]
 
+    def seconds(self) -> float:
+        """What all steps took."""
+        self._settle()
+        return self._seconds
+
+    def _settle(self) -> None:
+        """Wait for the steps that are not over."""
+        for names, seconds in self._going:
+            took = seconds()
+            self._seconds += took
+            for name in names:
+                self._spent[name].seconds += took
+        self._going.clear()
+
     def rates(self, network: str) -> dict[str, float]:
         """Speed of the steps of a network since the last call for it."""
+        self._settle()
         spent = self._spent.pop(network)
         return {
             "targets_per_s": float(spent.targets) / spent.seconds,
