@@ -11,8 +11,8 @@ from functools import cache
 
 import pytest
 
-from bench.machine import rates
-from bench.paired import figures, seconds
+from maskedtrain.benchmark.machine import rates
+from maskedtrain.benchmark.timing import figures, seconds
 from partial_kernels._core import discovery
 
 # That the rounds of one case may take, if none is disturbed.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import partial_kernels as pk
-from bench.paired import figures
+from maskedtrain.benchmark.timing import figures
 from partial_kernels.submatrix.reference import OPS
 
 SIZE = 4

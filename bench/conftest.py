@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import machine, results
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+from bench import results
+from maskedtrain.benchmark import machine
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -24,12 +21,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure() -> None:
-    """Have malloc keep freed memory: whose turn it is to fault pages in decides no ratio then."""
-    # Linux with glibc; elsewhere the allocator is as it is.
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    machine.keep_memory()
 
 
 # Of each file its cases' figures.

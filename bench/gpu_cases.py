@@ -5,7 +5,7 @@ A job is a name and a function from a clock to rows of figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -15,7 +15,7 @@ import torch
 
 from bench import bench_overhead
 from bench.gpu_timing import Clock
-from bench.paired import Paired, paired
+from maskedtrain.benchmark.timing import Paired, paired
 from partial_kernels._core import discovery
 from partial_kernels._core.contest import FLOOR, Bars, Contest
 from partial_kernels._core.ops import Op
@@ -225,31 +225,26 @@ def _gather_contest(width: int, *, device: str, impl: str = "auto", seed: int = 
 def _training_jobs(dry: bool) -> Iterator[tuple[str, Job]]:
     """Steps of ATS against slimmable training's of the same networks."""
 
-    def job(name: str, build: Callable[..., Any], clock: Clock) -> dict[str, Row]:
-        ats, slimmable = (build(method, device=clock.device) for method in ("ats", "slimmable"))
+    def job(name: str, experiment: str, clock: Clock) -> dict[str, Row]:
+        # Not at the top: what times kernels needs none of this.
+        from maskedtrain.benchmark.training import EXPERIMENTS, Steps
+
+        ats, slimmable = (
+            Steps(
+                EXPERIMENTS[experiment],
+                method,
+                device=clock.device,
+                batch_size=2 if dry else None,
+                autocast=torch.bfloat16,
+            )
+            for method in ("ats", "slimmable")
+        )
         found = paired(slimmable, ats, rounds=clock.rounds, timed=clock.wall_seconds)
-        steps = 2
         row = {"baseline": "slimmable", "bar": TRAINING_BAR}
-        return {name: {**_figures(found, steps, steps), **row}}
+        return {name: {**_figures(found, ats.count, slimmable.count), **row}}
 
-    yield "train-resnet18", partial(job, "train-resnet18", partial(_resnet, dry))
-    yield "train-transformer", partial(job, "train-transformer", partial(_transformer, dry))
-
-
-def _resnet(dry: bool, method: str, *, device: str) -> Any:
-    # Not at the top: what times kernels needs none of this.
-    from bench.bench_training import Steps
-
-    model, batch_size = ("resnet8", 2) if dry else ("resnet18", 512)
-    options: Mapping[str, Any] = {"device": device, "autocast": torch.bfloat16}
-    return Steps(model, method, batch_size=batch_size, **options)
-
-
-def _transformer(dry: bool, method: str, *, device: str) -> Any:
-    from bench.bench_transformer import Steps
-    from maskedtrain.methods import ATS, Slimmable
-
-    shape = (2, 4) if dry else (256, 64)
-    methods = {"ats": ATS, "slimmable": Slimmable}[method]
-    options: Mapping[str, Any] = {"device": device, "autocast": torch.bfloat16}
-    return Steps("multi30k" if dry else "iwslt14", 1 / 4, methods=methods, shape=shape, **options)
+    images, text = "cifar10-resnet18", "iwslt14-lowrank4"
+    if dry:
+        images, text = "digits-resnet8", "multi30k-lowrank4"
+    for name, experiment in {"train-resnet18": images, "train-transformer": text}.items():
+        yield name, partial(job, name, experiment)

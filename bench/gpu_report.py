@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from bench import results
 from bench.gpu_cases import Row
-from bench.machine import Rates
+from maskedtrain.benchmark.machine import Rates
 
 __all__ = ["Report", "Tests", "crossing", "read_tests"]
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.machine import Rates
-from bench.paired import seconds
+from maskedtrain.benchmark.machine import Rates, measure
+from maskedtrain.benchmark.timing import seconds
 from partial_kernels._core.contest import Step
 
 __all__ = ["Clock", "CudaClock", "DryClock", "NotCaptured", "Program", "rates"]
@@ -173,13 +173,6 @@ def _in_turn(steps: Sequence[Step]) -> Step:
     return run
 
 
-def rates(clock: Clock, size: int = 8192, count: int = 1 << 29) -> Rates:
+def rates(clock: Clock, size: int = 8192, copied: int = 1 << 31) -> Rates:
     """The fastest bf16 product of matrices of random numbers, and the fastest copy of bytes."""
-    a, b = (torch.randn(size, size, device=clock.device, dtype=torch.bfloat16) for _ in range(2))
-    source, target = (
-        torch.empty(4 * count, dtype=torch.int8, device=clock.device) for _ in range(2)
-    )
-    product = torch.empty_like(a)
-    gemm = min(clock.seconds(lambda: torch.mm(a, b, out=product)) for _ in range(10))
-    copy = min(clock.seconds(lambda: target.copy_(source)) for _ in range(10))
-    return Rates(2 * size**3 / gemm, 2 * source.nbytes / copy)
+    return measure(clock.device, torch.bfloat16, clock.seconds, size=size, copied=copied, calls=10)

@@ -123,7 +123,7 @@ def _answer(name: str, job: Job, clock: Clock) -> tuple[dict[str, Row], str | No
 def _facts(clock: Clock) -> dict[str, Row]:
     """What figures depend on beside the code."""
     dry = clock.device == "cpu"
-    measured = rates(clock, *(64, 1 << 10) if dry else ())
+    measured = rates(clock, *(64, 1 << 12) if dry else ())
     facts: Row = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",

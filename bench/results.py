@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import machine
+from maskedtrain.benchmark import machine
 
 Rows = Mapping[str, Mapping[str, Any]]
 

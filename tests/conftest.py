@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+# Tables that a user has tuned would change what "auto" takes.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="maskedtrain-config-")
 
 # A first example pays for lazy imports and compilation; time limits are the runner's business.
 settings.register_profile("default", deadline=None)

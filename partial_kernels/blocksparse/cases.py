@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from partial_kernels._core import linear_cases
-from partial_kernels._core.contest import Bars, Contest
+from partial_kernels._core.contest import Bars, Contest, Step
+from partial_kernels._core.crossovers import Crossing, dtype_name
 from partial_kernels._core.linear_cases import LinearCase as Case
 from partial_kernels._core.linear_cases import bytes_moved, call, check, flops, variations
 from partial_kernels.masks import Block
@@ -19,12 +22,13 @@ __all__ = [
     "call",
     "check",
     "contest",
+    "crossings",
     "flops",
     "gpu_cases",
 ]
 
 
-def _random_bitmap(rows: int, cols: int, share: float) -> Tensor:
+def random_bitmap(rows: int, cols: int, share: float) -> Tensor:
     """Exactly this share of the blocks, rounded down."""
     generator = torch.Generator().manual_seed(0)
     bitmap = torch.zeros(rows * cols, dtype=torch.bool)
@@ -58,13 +62,13 @@ CASES = (
     Case("block-size-1", (7,), 4, 3, Block(_RAGGED, 1)),
     Case("block-beyond-edge", (7,), 13, 11, Block(torch.ones(1, 1, dtype=torch.bool), 32)),
     Case("block-permuted", (7,), 11, 13, Block(_RAGGED.mT, 4)),
-    Case("block-aligned", (64,), 96, 160, Block(_random_bitmap(3, 5, 0.4), 32)),
+    Case("block-aligned", (64,), 96, 160, Block(random_bitmap(3, 5, 0.4), 32)),
     Case(
         "block-aligned-bf16",
         (64,),
         96,
         160,
-        Block(_random_bitmap(3, 5, 0.4), 32),
+        Block(random_bitmap(3, 5, 0.4), 32),
         dtype=torch.bfloat16,
     ),
 )
@@ -75,7 +79,7 @@ BENCH_CASES = tuple(
         (4096,),
         2048,
         2048,
-        Block(_random_bitmap(2048 // size, 2048 // size, 1 - zeros), size),
+        Block(random_bitmap(2048 // size, 2048 // size, 1 - zeros), size),
         bias=False,
     )
     for size in (32, 64)
@@ -93,7 +97,7 @@ def gpu_cases(scale: int = 1) -> list[tuple[Case, Bars]]:
 
     def case(size: int, density: float) -> Case:
         blocks, small = 4096 // size, max(size // scale, 1)
-        mask, width = Block(_random_bitmap(blocks, blocks, density), small), blocks * small
+        mask, width = Block(random_bitmap(blocks, blocks, density), small), blocks * small
         name = f"block{size}-{density}"
         return Case(name, (8192 // scale,), width, width, mask, torch.bfloat16, bias=False)
 
@@ -111,3 +115,32 @@ def contest(
     """Against the dense layer, of whose time it may take 1.2 times the share of active blocks."""
     share = case.mask.numel(case.shape) / (case.outputs * case.inputs)
     return linear_cases.contest(case, 1.2 * share, device=device, impl=impl, seed=seed)
+
+
+def crossings(device: str, scale: int = 1) -> list[Crossing]:
+    """Where the dense layer becomes faster, by size of the blocks and dtype; sizes divided by
+    ``scale``.
+    """
+    gpu = device == "cuda"
+    backend = "triton" if gpu else "native"
+    width, tokens = (4096 // scale, 8192 // scale) if gpu else (1024 // scale, 1024 // scale)
+
+    def steps(size: int, dtype: torch.dtype, density: float) -> tuple[Step, Step]:
+        blocks = width // size
+        mask = Block(random_bitmap(blocks, blocks, density), size)
+        case = Case("", (tokens,), width, width, mask, dtype, bias=False)
+        ours, dense = (
+            contest(case, device=device, impl=impl).ours for impl in (backend, "reference")
+        )
+        return ours, dense
+
+    return [
+        Crossing(
+            f"blocksparse {backend} {size} {dtype_name(dtype)}",
+            (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0),
+            partial(steps, size, dtype),
+        )
+        for size in ((16, 32, 64, 128) if gpu else (8, 16, 32, 64, 128))
+        if size <= width
+        for dtype in ((torch.bfloat16, torch.float16, torch.float32) if gpu else (torch.float32,))
+    ]

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from partial_kernels._core.crossovers import crossover, dtype_name
 from partial_kernels._core.derived import derived
 from partial_kernels._core.gpu import ceil_div, launch, precision, refuses
 from partial_kernels._core.tiles import Tile, bucket, tuned
-from partial_kernels.blocksparse.reference import OPS, on
+from partial_kernels.blocksparse.reference import OPS, dense_is_faster, on
 
 
 @triton.jit
@@ -171,7 +172,7 @@ SIZES = (16, 32, 64, 128)
 # From this share of the blocks on, cuBLAS takes the dense product in less time on an H200: small
 # blocks read x or dy from the L2 cache once for each row or column of blocks. By the bytes,
 # untimed.
-_BREAK_EVEN = {16: 0.10, 32: 0.20, 64: 0.45, 128: 0.65}
+BREAK_EVEN = {16: 0.10, 32: 0.20, 64: 0.45, 128: 0.65}
 
 
 def _default(a: Tensor, tokens: int, size: int) -> Tile:
@@ -256,11 +257,10 @@ def _supports(*args: Any) -> str | None:
 
 
 def _declines(*args: Any) -> str | None:
-    bitmap: Tensor = args[-2]
-    kept = derived(bitmap, "kept", lambda: int(bitmap.sum()))
-    if kept < _BREAK_EVEN[args[-1]] * bitmap.numel():
-        return None
-    return f"cuBLAS is faster where {kept} of {bitmap.numel()} blocks are kept"
+    first: Tensor = args[0]
+    size: int = args[-1]
+    key = f"blocksparse triton {size} {dtype_name(first.dtype)}"
+    return dense_is_faster(args[-2], crossover(key, first.device, BREAK_EVEN[size]), "cuBLAS")
 
 
 @OPS.forward.backend("triton", _supports, _declines)

@@ -8,7 +8,7 @@ from torch import Tensor
 from partial_kernels._core.derived import derived
 from partial_kernels._core.linear_ops import zeroed_linear_ops
 
-__all__ = ["OPS", "masked", "on"]
+__all__ = ["OPS", "dense_is_faster", "masked", "on"]
 
 
 def masked(weight_OI: Tensor, bitmap: Tensor, size: int) -> Tensor:
@@ -29,6 +29,16 @@ def on(device: torch.device, bitmap: Tensor) -> Tensor:
             return bitmap.to(device)
 
     return derived(bitmap, f"on {device}", copied)
+
+
+def dense_is_faster(bitmap: Tensor, limit: float, what: str) -> str | None:
+    """Why a kernel that takes time in proportion to the kept blocks is not taken, if these are more
+    than this share of all.
+    """
+    kept, total = derived(bitmap, "kept", lambda: int(bitmap.sum())), bitmap.numel()
+    if kept <= limit * total:
+        return None
+    return f"{what} is faster where {kept} of {total} blocks are kept"
 
 
 OPS = zeroed_linear_ops("blocksparse", "Tensor bitmap, int size", masked)

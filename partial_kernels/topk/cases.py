@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_kernels._core.contest import Bars, Contest, backward
+from partial_kernels._core.contest import Bars, Contest, Step, backward
+from partial_kernels._core.crossovers import Crossing, dtype_name
 from partial_kernels._core.linear_cases import (
     WEIGHT_LAYOUTS,
     X_LAYOUTS,
@@ -26,8 +28,9 @@ from partial_kernels._core.testing import (
     poisoned,
 )
 from partial_kernels.select.cases import exact as selected
-from partial_kernels.select.function import Per
+from partial_kernels.select.function import Per, topk_select
 from partial_kernels.topk.function import BiasGrad, WeightGrad, topk_linear
+from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
 
 __all__ = [
     "BENCH_CASES",
@@ -37,6 +40,7 @@ __all__ = [
     "call",
     "check",
     "contest",
+    "crossings",
     "flops",
     "gpu_cases",
 ]
@@ -214,6 +218,35 @@ def contest(
     costs = backward(flops(case)), backward(bytes_moved(case))
     bar = 1 / 12 if case.per == "batch" else 1 / 6
     return Contest(ours, {"F.linear": baseline}, *costs, bar)
+
+
+def crossings(device: str, scale: int = 1) -> list[Crossing]:
+    """Where the dense products become faster, by row, by dtype; sizes divided by ``scale``."""
+    gpu = device == "cuda"
+    backend = "cuda" if gpu else "native"
+    tokens, width = 1024 // scale, (8192 if gpu else 1024) // scale
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64) if gpu else None
+
+    def steps(dtype: torch.dtype, density: float) -> tuple[Step, Step]:
+        k = max(1, round(density * width))
+        case = Case("", (tokens,), width, width, k, dtype=dtype, bias=False)
+        made, dy = case.make(0, device), case.dy(1, device)
+        index = topk_select(dy, k)
+
+        def step(impl: str) -> object:
+            dx = ROW_DX(dy, index, made["weight"], impl)
+            return dx, ROW_DWEIGHT(dy, index, made["x"], impl)
+
+        return partial(step, backend), partial(step, "reference")
+
+    return [
+        Crossing(
+            f"topk {backend} {dtype_name(dtype)}",
+            (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0),
+            partial(steps, dtype),
+        )
+        for dtype in dtypes or (torch.float32,)
+    ]
 
 
 def kept_mask(case: Case, dy: Tensor) -> Tensor:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_kernels._core.gpu import elsewhere, precision
+from partial_kernels._core.crossovers import crossover, dtype_name
+from partial_kernels._core.gpu import elsewhere
 from partial_kernels._native import contiguous_rows, native_op
-from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
+from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX, dense_is_faster
 
 _dx = native_op("topk_row_dx_cuda")
 _dweight = native_op("topk_row_dweight_cuda")
 
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
-# Of an H200: bytes a second from the second-level cache (taken, untimed) and FLOPs a second of a
-# dense product.
-_CACHE_SPEED = 5.5e12
-_DENSE_SPEED = {
-    torch.bfloat16: 780e12,
-    torch.float16: 780e12,
-    torch.float32: 50e12,
-    torch.float64: 60e12,
+# Of the outputs, on an H200, untimed: for T tokens, gathered rows are T k I numbers at 5.5e12 bytes
+# a second from the second-level cache, a dense product 2 T O I FLOPs at 780e12 a second in half
+# precision, 60e12 in fp64, 50e12 in fp32 and 400e12 in TF32.
+BREAK_EVEN = {
+    "bfloat16": 1 / 142,
+    "float16": 1 / 142,
+    "float64": 1 / 44,
+    "float32": 1 / 18,
+    "tf32": 1 / 145,
 }
-_TF32_SPEED = 400e12
 
 
 def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
@@ -35,15 +36,8 @@ def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
 
 
 def _declines(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
-    """For T tokens, gathered rows are T k I numbers, a dense product 2 T O I FLOPs."""
-    speed = _DENSE_SPEED[dy.dtype]
-    if dy.dtype == torch.float32 and precision() == "tf32":
-        speed = _TF32_SPEED
-    k, outputs = index.shape[1], dy.shape[1]
-    ratio = round(speed * dy.dtype.itemsize / (2 * _CACHE_SPEED))
-    if ratio * k <= outputs:
-        return None
-    return f"a dense product is faster for k > outputs / {ratio}, got {k} of {outputs}"
+    name = dtype_name(dy.dtype)
+    return dense_is_faster(dy, index, crossover(f"topk cuda {name}", dy.device, BREAK_EVEN[name]))
 
 
 @ROW_DX.backend("cuda", _supports, _declines)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_kernels._core.crossovers import crossover
 from partial_kernels._native import contiguous_rows, native_op
-from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
+from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX, dense_is_faster
 
 _dx = native_op("topk_row_dx_cpu")
 _dweight = native_op("topk_row_dweight_cpu")
 
-# A dense product runs so many times as many FLOPs a second.
-DENSE_SPEED = 3
+# Of the outputs: a dense product runs three times as many FLOPs a second.
+BREAK_EVEN = 1 / 3
 
 
 def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
@@ -24,10 +25,7 @@ def _supports(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
 
 
 def _declines(dy: Tensor, index: Tensor, other: Tensor) -> str | None:
-    k, outputs = index.shape[1], dy.shape[1]
-    if DENSE_SPEED * k <= outputs:
-        return None
-    return f"a dense product is faster for k > outputs / {DENSE_SPEED}, got {k} of {outputs}"
+    return dense_is_faster(dy, index, crossover("topk native float32", dy.device, BREAK_EVEN))
 
 
 @ROW_DX.backend("native", _supports, _declines)

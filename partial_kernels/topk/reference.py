@@ -15,7 +15,7 @@ from torch import Tensor
 
 from partial_kernels._core.ops import Op
 
-__all__ = ["ROW_DWEIGHT", "ROW_DX", "kept"]
+__all__ = ["ROW_DWEIGHT", "ROW_DX", "dense_is_faster", "kept"]
 
 # T tokens, O outputs, I inputs
 
@@ -24,6 +24,18 @@ def kept(dy_TO: Tensor, index: Tensor) -> Tensor:
     """dy where it is kept, by row (index [T, k]) or by column (index [k]), 0 elsewhere."""
     index_Tk = index.expand(dy_TO.shape[0], index.shape[-1])
     return dy_TO.new_zeros(dy_TO.shape).scatter(1, index_Tk, dy_TO.gather(1, index_Tk))
+
+
+def dense_is_faster(dy_TO: Tensor, index_Tk: Tensor, limit: float) -> str | None:
+    """Why a kernel that takes time in proportion to k is not taken, if k is more than this share of
+    the outputs.
+    """
+    k, outputs = index_Tk.shape[1], dy_TO.shape[1]
+    # The quotient is rounded as 1 / 3 is: a product might not be.
+    if k == 0 or k / outputs <= limit:
+        return None
+    most = f"outputs / {1 / limit:.3g}" if limit else "0"
+    return f"a dense product is faster for k > {most}, got {k} of {outputs}"
 
 
 def _dx_fake(dy: Tensor, index: Tensor, weight: Tensor, *_: Any) -> Tensor:

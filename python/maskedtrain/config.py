@@ -20,9 +20,11 @@ from maskedtrain.models import ModelConfig
 from maskedtrain.models.resnet import Config as ResNetConfig
 
 __all__ = [
+    "NEUTRAL",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
+    "flags",
     "from_dict",
     "to_dict",
     "unknown_name",
@@ -145,6 +147,33 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=ATSConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+NEUTRAL = {"data", "device", "threads", "save_every", "keep_last", "log_every"}
+"""Options, by name, that say where and how a training runs, and not what it does."""
+
+
+def flags(config: TrainConfig, base: TrainConfig) -> list[str]:
+    """Options of ``maskedtrain train`` that make ``config`` of ``base``.
+
+    Raises:
+        ValueError: their data set, model or method is another: no option changes that.
+    """
+    found: list[str] = []
+    before = to_dict(base)
+    for group, values in to_dict(config).items():
+        for name, value in values.items():
+            if value == before[group].get(name):
+                continue
+            if name == "name":
+                raise ValueError(f"{group} must be {before[group][name]}, got {value}")
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                found.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                several = cast("list[Any]", value) if isinstance(value, list) else [value]
+                found += [f"--{flag}", *map(str, several)]
+    return found
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

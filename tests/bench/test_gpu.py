@@ -18,7 +18,7 @@ from bench.gpu_cases import Job, Row, Stage, _figures
 from bench.gpu_report import Report, crossing
 from bench.gpu_timing import Clock, CudaClock, NotCaptured
 from bench.gpu_worker import Worker
-from bench.paired import Paired
+from maskedtrain.benchmark.timing import Paired
 
 PASSED = '<testcase classname="tests.gpu.test_cases" name="test_case[topk-cuda-row-fp32]"/>'
 SKIPPED = (
@@ -128,7 +128,19 @@ def test_break_even_is_said_of_our_kernels_alone(tmp_path: Path) -> None:
 
 
 def test_ratios_are_of_single_calls() -> None:
-    found = Paired(0.5, 0.4, 0.6, 1.0, rounds=5, rejected=0, a_ms=20.0, b_ms=10.0, load=0.0)
+    found = Paired(
+        0.5,
+        0.4,
+        0.6,
+        1.0,
+        noise=0,
+        waited=0,
+        rounds=5,
+        rejected=0,
+        a_ms=20.0,
+        b_ms=10.0,
+        load=0.0,
+    )
     row = _figures(found, calls=20, baseline_calls=10)
     assert (row["ms"], row["baseline_ms"]) == (0.5, 2.0)
     assert (row["ratio"], row["low"], row["high"]) == (0.25, 0.2, 0.3)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import machine, results
+from bench import results
+from maskedtrain.benchmark import machine
 
 ROWS = {
     "short": {"ms": 1.23456, "baseline": "F.linear", "ratio": 1.0, "bar": None},
@@ -26,7 +27,7 @@ def test_the_table_has_a_column_for_every_figure():
 
 
 def test_a_file_says_what_its_figures_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(machine, "rates", lambda: machine.Rates(2e11, 3e10))
+    monkeypatch.setattr(machine, "rates", lambda *_: machine.Rates(2e11, 3e10))
     path = tmp_path / "device" / "suite.json"
     results.write(path, ROWS)
     written = json.loads(path.read_text())
@@ -36,7 +37,7 @@ def test_a_file_says_what_its_figures_depend_on(tmp_path: Path, monkeypatch: pyt
 
 
 def test_cases_that_were_not_run_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(machine, "rates", lambda: machine.Rates(2e11, 3e10))
+    monkeypatch.setattr(machine, "rates", lambda *_: machine.Rates(2e11, 3e10))
     path = tmp_path / "suite.json"
     results.write(path, {"one": {"ms": 1.0}, "two": {"ms": 2.0}})
     results.write(path, {"two": {"ms": 3.0}})

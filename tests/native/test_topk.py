@@ -15,7 +15,7 @@ from torch import Tensor
 import partial_kernels as pk
 from partial_kernels._native import native_status
 from partial_kernels.topk.cases import CASES, Case, check
-from partial_kernels.topk.native import DENSE_SPEED
+from partial_kernels.topk.native import BREAK_EVEN
 from partial_kernels.topk.reference import ROW_DWEIGHT, ROW_DX
 
 status = native_status()
@@ -50,7 +50,7 @@ def test_it_is_the_reference(isa: str, case: Case):
 @settings(max_examples=60)
 @given(st.integers(0, 90), st.integers(3, 200), st.integers(0, 150), st.floats(0, 1))
 def test_any_shape(tokens: int, outputs: int, inputs: int, share: float):
-    k = max(1, int(share * outputs / DENSE_SPEED))
+    k = max(1, int(share * outputs * BREAK_EVEN))
     check(Case("", (tokens,), outputs, inputs, k), impl="native")
 
 

@@ -1,99 +1,168 @@
-"""time the kernels on this machine, and choose their tiles"""
+"""time what masks save on this machine, and tune the kernels for it"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 
+from maskedtrain.benchmark import crossings, machine, report, suite
+from maskedtrain.benchmark.cases import Size
+from maskedtrain.benchmark.models import linear_layers, load_model
+from maskedtrain.benchmark.training import EXPERIMENTS
 from maskedtrain.commands._options import parse
 from maskedtrain.config import unknown_name
 from maskedtrain.training.console import Console
 from partial_kernels._core import discovery, tiles
-from partial_kernels._core.contest import Contest, Step
+from partial_kernels._core.contest import Step
+from partial_kernels._core.crossovers import device_name, user_file
 from partial_kernels._core.tiles import Tile
 from partial_kernels._core.tuning import tune
 
-# Seconds that a case may take.
-_CASE_SECONDS = 2.0
+_QUICK_TRAINING = ("digits-resnet8",)
+_TRAINING = ("cifar10-resnet18", "multi30k-lowrank32")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time the kernels against the best plain PyTorch, on a GPU where there is one."""
+    """Time layers under masks against full ones on this machine; and training methods."""
 
+    quick: bool = False
+    """Smaller layers and fewer of them: three minutes at most on two CPU cores."""
+    shapes: tuple[str, ...] = ()
+    """Layers, as OUTPUTSxINPUTS:TOKENS: 512x2048:8192 is a weight [512, 2048] and 8192 tokens."""
+    model: str | None = None
+    """Time the linear layers of a model: MODULE:CALLABLE, which returns an nn.Module, or a
+    preset."""
+    tokens: int = 1024
+    """Tokens that go through the layers of --model."""
     families: tuple[str, ...] = ()
-    """Only these families of kernels; all where not given."""
+    """Only rows of these families of kernels; optim is the optimizer step under every mask."""
+    training: tuple[str, ...] = ("auto",)
+    """Trainings to compare, by name; auto are the usual ones where nothing is chosen above, none
+    are none."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of products (autocast; parameters are float32); auto is bfloat16 on a GPU."""
+    out: Path | None = None
+    """Folder to write bench.json, bench.md and drawings to."""
+    overwrite: bool = False
+    """Replace these files of an earlier run."""
     tune: bool = False
-    """Instead, try the Triton kernels' tiles on this machine's GPU and keep the fastest, for this
-    user: in $XDG_CONFIG_HOME/maskedtrain/tiles, whence they are read from then on."""
+    """Instead, find out below which density each kernel beats the dense product here, and on a GPU
+    which tiles are fastest, and keep it for this user: in $XDG_CONFIG_HOME/maskedtrain, whence it
+    is read from then on."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"--tokens must be >= 1, got {self.tokens}")
+        if self.model is not None and self.shapes:
+            raise ValueError("--model times the model's own shapes: no --shapes")
 
 
 def main(arguments: Sequence[str], console: Console) -> None:
     options = parse(Options, arguments, command="bench")
-    for family in options.families:
-        if family not in discovery.families():
-            raise unknown_name("family", family, discovery.families())
-    cuda = torch.cuda.is_available()
-    if options.tune and not cuda:
-        raise RuntimeError("--tune chooses tiles of GPU kernels, and there is no CUDA device here")
-    chosen = [
-        (name, module)
-        for name, module in discovery.cases()
-        if name in (options.families or discovery.families()) and hasattr(module, "contest")
-    ]
+    families = _families(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine.keep_memory()
     if options.tune:
-        _tune(chosen, console)
+        _tune(families, device, console)
         return
-    console.print("time of a step, and its share of that of the fastest other way")
-    for name, module in chosen:
-        for case, _ in _cases(module, cuda):
-            contest = module.contest(case, device="cuda" if cuda else "cpu")
-            baseline, ms, ratio = _compared(contest, cuda)
-            label = f"{name} {case.name}"
-            console.print(f"{label:<36} {ms:9.3f} ms {ratio:7.2f} x {baseline}")
+    layers = None if options.model is None else linear_layers(load_model(options.model))
+    whole = not (options.families or options.shapes or layers)
+    plan = suite.Plan(
+        device=device,
+        dtype=_dtype(options, device),
+        quick=options.quick,
+        families=families,
+        sizes=[Size.parse(shape) for shape in options.shapes],
+        layers=layers,
+        tokens=options.tokens,
+        everything=layers is None and not options.shapes,
+        training=_training(options, whole=whole),
+    )
+    if options.out is not None:
+        report.check_folder(options.out, overwrite=options.overwrite)
+    _warn_if_busy(console)
+    if layers is not None:
+        console.print(
+            f"{options.model}: {sum(layers.counts.values())} linear layers of {len(layers.counts)} "
+            f"shapes, with {layers.share:.0%} of the parameters; {layers.small} smaller ones are "
+            "left out"
+        )
+    found = suite.run(plan, console, _as_json(options), options.model)
+    name = device_name(device) + (" threads" if device.type == "cpu" else "")
+    rates = machine.rates(device, plan.dtype)
+    console.print(
+        f"{name}: products at {rates.flops_per_s / 1e9:.0f} GFLOP/s, copies at "
+        f"{rates.bytes_per_s / 1e9:.0f} GB/s"
+    )
+    report.show(found, console)
+    if options.out is not None:
+        console.print(f"\nwritten: {report.write(options.out, found, rates, name)}")
+    console.print(f"{found.seconds:.0f} seconds")
 
 
-def _cases(module: Any, cuda: bool) -> Iterator[tuple[Any, Any]]:
-    if cuda:
-        yield from module.gpu_cases()
-    else:
-        yield from ((case, None) for case in module.BENCH_CASES)
+def _families(options: Options) -> Sequence[str]:
+    known = discovery.families()
+    for family in options.families:
+        if family not in known:
+            raise unknown_name("family", family, known)
+    return options.families or known
 
 
-def _seconds(step: Step, cuda: bool) -> float:
-    started = time.perf_counter()
-    step()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def _training(options: Options, *, whole: bool) -> Sequence[str]:
+    if options.training == ("auto",):
+        usual = _QUICK_TRAINING if options.quick else _TRAINING
+        return usual if whole else ()
+    if options.training == ("none",):
+        return ()
+    for name in options.training:
+        if name not in EXPERIMENTS:
+            raise unknown_name("training", name, [*EXPERIMENTS, "auto", "none"])
+    return options.training
 
 
-def _compared(contest: Contest, cuda: bool) -> tuple[str, float, float]:
-    """The fastest baseline, our time in ms, and the median of our time by its, taken in turns."""
-    steps = {"": contest.ours, **contest.baselines}
-    for step in steps.values():
-        _seconds(step, cuda)
-    times = {
-        name: min(_seconds(step, cuda) for _ in range(2)) for name, step in steps.items() if name
-    }
-    best = min(times, key=times.__getitem__)
-    ours: list[float] = []
-    ratios: list[float] = []
-    deadline = time.perf_counter() + _CASE_SECONDS
-    while len(ratios) < 3 or (time.perf_counter() < deadline and len(ratios) < 50):
-        before = _seconds(contest.baselines[best], cuda)
-        ours.append(_seconds(contest.ours, cuda))
-        ratios.append(ours[-1] / before)
-    return best, 1e3 * statistics.median(ours), statistics.median(ratios)
+def _dtype(options: Options, device: torch.device) -> torch.dtype:
+    if options.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, options.dtype)
 
 
-def _tune(chosen: Sequence[tuple[str, Any]], console: Console) -> None:
+def _as_json(options: Options) -> dict[str, Any]:
+    return dataclasses.asdict(options)
+
+
+def _warn_if_busy(console: Console) -> None:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        console.warn(
+            f"the load is {load:.1f} on {cores} cores: with other programs running, short steps "
+            "above all take longer than they would"
+        )
+
+
+def _tune(families: Sequence[str], device: torch.device, console: Console) -> None:
+    if device.type == "cuda":
+        _tune_tiles(families, console)
+    wanted = crossings.crossings(families, device.type)
+    if not wanted:
+        raise RuntimeError(
+            f"--tune finds nothing to choose: {', '.join(families)} have no kernels on "
+            f"{device.type} whose time goes with the density"
+        )
+    for key, density, speedups in crossings.tune(wanted, device):
+        shown = "  ".join(f"{d:.3g}: {speedup:.2g}x" for d, speedup in speedups.items())
+        console.print(f"{key:<34} up to a density of {density:.3f}   ({shown})")
+    console.print(f"{len(wanted)} crossovers in {user_file(device)}")
+
+
+def _tune_tiles(families: Sequence[str], console: Console) -> None:
     from triton.testing import do_bench  # only where there are tiles to choose
 
     def seconds(step: Callable[[], object]) -> float:
@@ -101,12 +170,12 @@ def _tune(chosen: Sequence[tuple[str, Any]], console: Console) -> None:
 
     file = tiles.user_folder() / tiles.device_file(torch.cuda.get_device_name())
     found: dict[str, Tile] = {}
-    for name, module in chosen:
-        if "triton" not in discovery.backends(name):
+    for name, module in discovery.cases():
+        if name not in families or "triton" not in discovery.backends(name):
             continue
         kernels = importlib.import_module(f"{discovery.PACKAGE}.{name}.kernels")
         for case, _ in module.gpu_cases():
-            step = module.contest(case, device="cuda", impl="triton").ours
+            step: Step = module.contest(case, device="cuda", impl="triton").ours
             for key, default, best in tune(step, kernels.CANDIDATES, seconds, found):
                 gain = f"{default / best:.2f} times as fast" if key in found else "the default"
                 console.print(f"{key:<56} {1e3 * best:8.3f} ms   {gain}")

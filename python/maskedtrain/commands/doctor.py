@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import partial_kernels as pk
 from maskedtrain.commands._options import parse
 from maskedtrain.training.console import Console
-from partial_kernels._core import discovery
+from partial_kernels._core import crossovers, discovery
 from partial_kernels._core.testing import assert_within_budget, assert_zero_outside
 from partial_kernels._native import cuda_status, native_status
 
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str], console: Console) -> None:
     for name, text in _lines():
         console.print(f"{name:<16} {text}")
     console.print()
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        _check(torch.device(device))
+    for device in _devices():
+        _check(device)
         console.print(f"self-check       {device}: masked results equal the dense computation's")
 
 
@@ -49,7 +49,21 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield from discovery.unavailable().items()
     for package in _OPTIONAL:
         yield package, _version(package)
+    yield "crossovers", "; ".join(map(_crossovers, _devices()))
     yield "kernel families", ", ".join(discovery.families())
+
+
+def _devices() -> list[torch.device]:
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [torch.device(kind) for kind in kinds]
+
+
+def _crossovers(device: torch.device) -> str:
+    """Which tables say where the dense product is faster there; one that is damaged is an error."""
+    files = crossovers.tables(device)
+    for file in files:
+        crossovers.read(file)
+    return f"{device}: {', '.join(map(str, files)) or 'as shipped'}"
 
 
 def _library(info: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from maskedtrain import data, methods, models
 from maskedtrain.commands._options import parse, take
-from maskedtrain.config import TrainConfig, to_dict, unknown_name
+from maskedtrain.config import NEUTRAL, TrainConfig, to_dict, unknown_name
 from maskedtrain.presets import PRESETS, preset
 from maskedtrain.training.console import Console
 from maskedtrain.training.run import read_config, train
@@ -23,8 +23,7 @@ _PARTS: dict[str, tuple[str, Callable[[], Mapping[str, Callable[[], Any]]]]] = {
 }
 
 # What may differ when a run goes on: nothing that the next step depends on.
-_FREE = {"data", "device", "threads"}
-_FREE |= {"max_steps", "eval_every", "save_every", "keep_last", "log_every"}
+_FREE = NEUTRAL | {"max_steps", "eval_every"}
 
 
 def main(arguments: Sequence[str], console: Console) -> None:

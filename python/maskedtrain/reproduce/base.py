@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import math
 import statistics
@@ -23,11 +24,15 @@ __all__ = [
     "Claim",
     "FigureConfig",
     "Rows",
+    "Section",
     "column",
+    "from_csv",
     "median",
     "read_rows",
     "reproduce",
     "select",
+    "summary",
+    "to_csv",
     "with_columns",
 ]
 
@@ -41,10 +46,30 @@ class Claim:
 
     paper: str
     measured: str
-    holds: bool
+    holds: bool | None
+    """None: the runs differ too much among themselves to say."""
+
+    @property
+    def verdict(self) -> str:
+        words = {True: "holds", False: "DOES NOT HOLD", None: "WITHIN NOISE"}
+        return words[self.holds]
 
     def __str__(self) -> str:
-        return f"[{'holds' if self.holds else 'DOES NOT HOLD'}] {self.paper} ({self.measured})"
+        return f"[{self.verdict}] {self.paper} ({self.measured})"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: a table, a figure, or both."""
+
+    title: str
+    about: str
+    claims: Sequence[Claim]
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    drawing: str | None = None
+    """An image's address that holds the image itself."""
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,8 @@ def reproduce(config: FigureConfig, console: Console) -> list[Claim]:
     # An old drawing is not left beside new rows.
     with output_errors(drawing):
         drawing.unlink(missing_ok=True)
-    _write_rows(table, rows)
+    with atomic_write(table) as file:
+        file.write(to_csv(rows).encode())
     figure = new_figure(width_in=config.size_in[0], height_in=config.size_in[1])
     if figure is not None:
         config.draw(figure, rows)
@@ -110,21 +136,24 @@ def reproduce(config: FigureConfig, console: Console) -> list[Claim]:
     return claims
 
 
-def _write_rows(path: Path, rows: Rows) -> None:
+def to_csv(rows: Rows) -> str:
+    """The rows as CSV; ``from_csv`` is the inverse."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    return text.getvalue()
+
+
+def from_csv(text: str) -> Rows:
+    """The rows of a CSV, numbers as floats."""
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    return [{name: _number(value) for name, value in row.items()} for row in rows]
 
 
 def read_rows(path: Path) -> Rows:
     """The rows that ``reproduce`` wrote to a CSV file, numbers as floats."""
-    with path.open(newline="") as file:
-        return [
-            {name: _number(value) for name, value in row.items()} for row in csv.DictReader(file)
-        ]
+    return from_csv(path.read_text(encoding="utf-8"))
 
 
 def _number(text: str) -> float | str:
@@ -132,6 +161,11 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def summary(kind: type) -> str:
+    """The first sentence of what a figure or a table is."""
+    return " ".join((inspect.getdoc(kind) or "").split()).split(". ")[0].rstrip(".") + "."
 
 
 def select(rows: Rows, **values: Any) -> Rows:

@@ -218,7 +218,22 @@ class Console:
 
     def results_table(self, rows: Sequence[ResultRow]) -> None:
         """Print the table of results, aligned, in as little as 80 columns."""
-        header, body = _aligned(rows, self._rich.width if self.interactive else math.inf)
+        columns = _columns(rows)
+        self.table([(header, right) for header, right, _ in columns], _cells(columns, rows))
+
+    def table(
+        self,
+        columns: Sequence[tuple[str, bool]],
+        rows: Sequence[Sequence[str]],
+        *,
+        max_width: float = math.inf,
+    ) -> None:
+        """Print an aligned table. Of each column, its header, of one line or several, and whether
+        it is aligned to the right; of each row, its cells. Columns move closer together where it
+        would be wider than `max_width` or the terminal.
+        """
+        width = min(max_width, self._rich.width if self.interactive else math.inf)
+        header, body = _aligned(columns, rows, width)
         self._rich.print("\n".join(header), style="bold", soft_wrap=True)
         self._rich.print("\n".join(body), soft_wrap=True)
 
@@ -277,19 +292,19 @@ def _cells(columns: Sequence[_Column], rows: Sequence[ResultRow]) -> list[list[s
     return [[cell(row) or _MISSING for _, _, cell in columns] for row in rows]
 
 
-def _aligned(rows: Sequence[ResultRow], max_width: float) -> tuple[list[str], list[str]]:
+def _aligned(
+    columns: Sequence[tuple[str, bool]], body: Sequence[Sequence[str]], max_width: float
+) -> tuple[list[str], list[str]]:
     """The lines of the header and those of the body; the gap narrows before `max_width` is hit."""
-    columns = _columns(rows)
-    height = max(header.count("\n") for header, _, _ in columns) + 1
-    stacks = [header.split("\n") for header, _, _ in columns]
+    height = max(header.count("\n") for header, _ in columns) + 1
+    stacks = [header.split("\n") for header, _ in columns]
     head = list(zip(*([""] * (height - len(stack)) + stack for stack in stacks), strict=True))
-    body = _cells(columns, rows)
     widths = [max(map(cell_len, column)) for column in zip(*head, *body, strict=True)]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= max_width else 1
 
     def line(texts: Sequence[str]) -> str:
         parts = []
-        for text, width, (_, right, _) in zip(texts, widths, columns, strict=True):
+        for text, width, (_, right) in zip(texts, widths, columns, strict=True):
             space = " " * (width - cell_len(text))
             parts.append(space + text if right else text + space)
         return (" " * gap).join(parts).rstrip()

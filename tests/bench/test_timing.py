@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from bench import paired as module
-from bench.paired import Disturbed, paired
+from maskedtrain.benchmark import machine
+from maskedtrain.benchmark import timing as module
+from maskedtrain.benchmark.timing import Disturbed, paired
 
 
 class Clock:
@@ -60,3 +62,37 @@ def test_rounds_whose_control_is_off_do_not_count(clock: Clock):
 def test_a_busy_machine_gives_no_ratio(clock: Clock):
     with pytest.raises(Disturbed, match="off by more than 5%"):
         paired(clock.step(1.0, 2.0), clock.step(1.0), rounds=3)
+
+
+def test_after_its_budget_fewer_rounds_do(clock: Clock):
+    found = paired(clock.step(1.0), clock.step(1.0), rounds=50, warmup=0, budget_s=20.0)
+    # Two seconds to know how long steps take, then rounds of three.
+    assert found.rounds == 7
+    assert paired(clock.step(1.0), clock.step(1.0), rounds=50, budget_s=0.0).rounds == 3
+
+
+def test_what_was_disturbed_is_kept(clock: Clock):
+    with pytest.raises(Disturbed) as disturbed:
+        paired(clock.step(1.0, 2.0), clock.step(3.0), rounds=50, warmup=0, budget_s=0.0)
+    found = disturbed.value.found
+    assert found.rounds == found.rejected == 3
+    assert found.ratio == pytest.approx(2.0)
+    assert found.noise == pytest.approx(0.5)
+
+
+def test_waiting_for_processors_is_counted(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_waited_s", lambda: clock.now / 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = paired(clock.step(1.0), clock.step(1.0), rounds=3)
+    assert found.waited == pytest.approx(0.25)
+
+
+def test_rates_are_of_the_fastest_calls(clock: Clock):
+    calls = iter([4.0, 2.0, 8.0, 1.0])
+
+    def timed(step: Callable[[], object]) -> float:
+        step()
+        return next(calls)
+
+    found = machine.measure("cpu", torch.float32, timed, size=8, copied=64, calls=2)
+    assert (found.flops_per_s, found.bytes_per_s) == (2 * 8**3 / 2.0, 2 * 64 / 1.0)

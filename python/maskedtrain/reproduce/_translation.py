@@ -1,0 +1,129 @@
+"""What Tables 1 and 2 share: a core in translation, alone and by ATS, and the full network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from maskedtrain.config import TrainConfig
+from maskedtrain.data.multi30k import Config as Multi30kConfig
+from maskedtrain.methods.ats import Config as ATSConfig
+from maskedtrain.methods.cores import CoreKind
+from maskedtrain.methods.standard import Config as StandardConfig
+from maskedtrain.models.transformer import Config as TransformerConfig
+from maskedtrain.presets import preset
+from maskedtrain.reproduce.base import Claim
+from maskedtrain.reproduce.tables import Entry, Quoted, Samples, Table, beats, reaches
+
+__all__ = ["Ratio", "large", "small", "translation_table", "whole"]
+
+# BLEU that the full network of ATS loses at most in Table 1a.
+_LOSS = 1.3
+
+Adapt = Callable[[TrainConfig], TrainConfig]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A core's size, and the paper's BLEU of it alone, of it by ATS, and of the full network by
+    ATS.
+    """
+
+    value: float
+    alone: Quoted | None = None
+    core: Quoted | None = None
+    full: Quoted | None = None
+
+    def __str__(self) -> str:
+        return f"r = 1/{round(1 / self.value)}"
+
+
+def translation_table(
+    title: str,
+    paper: str,
+    *,
+    preset_name: str,
+    kind: CoreKind,
+    ratios: Sequence[Ratio],
+    standard: Quoted | None,
+    adapt: Adapt,
+) -> Table:
+    """A table of cores of some sizes, trained as the presets of this name say."""
+
+    def entry(key: str, method: str, network: str, suffix: str, paper: Quoted | None) -> Entry:
+        config = adapt(preset(preset_name + suffix))
+        ratio = next((r for r in ratios if key.endswith(str(r))), None)
+        if isinstance(config.method, ATSConfig) and ratio is not None:
+            # The paper's widths as they are, whatever a GPU would like better.
+            changed = replace(config.method, core=kind, ratios=(ratio.value,), round_to=1)
+            config = replace(config, method=changed)
+        elif isinstance(config.method, StandardConfig) and ratio is not None:
+            changed = replace(config.method, core=kind, ratio=ratio.value, round_to=1)
+            config = replace(config, method=changed)
+        return Entry(key, method, network, preset_name + suffix, config, paper)  # pyright: ignore[reportArgumentType]
+
+    entries = [entry("full", "full network alone", "full", "-full", standard)]
+    for r in ratios:
+        entries += [
+            entry(f"alone {r}", f"core alone, {r}", "core", "-core", r.alone),
+            entry(f"core {r}", f"ATS, {r}", "core", "", r.core),
+            entry(f"full {r}", f"ATS, {r}", "full", "", r.full),
+        ]
+
+    def judge(samples: Samples, flops: Mapping[str, float]) -> list[Claim]:
+        return [
+            claim
+            for r in ratios
+            for claim in (
+                *beats(
+                    samples,
+                    f"core {r}",
+                    f"alone {r}",
+                    f"{r}: a core trained by ATS is better than the same core trained alone",
+                ),
+                *reaches(
+                    samples,
+                    f"full {r}",
+                    "full",
+                    _LOSS,
+                    f"{r}: beside it the full network loses little to one trained alone "
+                    f"(in Table 1a at most {_LOSS} BLEU)",
+                ),
+            )
+        ]
+
+    return Table(title, paper, "bleu", tuple(entries), judge)
+
+
+def whole(config: TrainConfig) -> TrainConfig:
+    """The paper's preset, with checkpoints more often than by the epoch: one of WMT17 is hours."""
+    return replace(config, run=replace(config.run, save_every=1000))
+
+
+def small(config: TrainConfig) -> TrainConfig:
+    """The preset of Multi30k, at a size of some minutes on a CPU core."""
+    model = cast(TransformerConfig, config.model)
+    model = replace(model, d_model=128, ffn=256, encoder_layers=2, decoder_layers=2, dropout=0.1)
+    return replace(
+        config,
+        data=replace(cast(Multi30kConfig, config.data), vocab_size=4000, max_tokens=2048),
+        model=model,
+        optim=replace(config.optim, lr=2e-3, warmup_steps=300),
+        run=replace(config.run, epochs=3.0, keep_last=1),
+    )
+
+
+def large(config: TrainConfig) -> TrainConfig:
+    """The preset of Multi30k with the paper's Transformer of IWSLT14, for a minute on a GPU: as it
+    is, since to compile it takes longer.
+    """
+    model = cast(TransformerConfig, config.model)
+    model = replace(model, d_model=512, ffn=1024, encoder_layers=6, decoder_layers=6, dropout=0.3)
+    return replace(
+        config,
+        data=replace(cast(Multi30kConfig, config.data), max_tokens=8192),
+        model=model,
+        optim=replace(config.optim, lr=7e-4, warmup_steps=300),
+        run=replace(config.run, epochs=12.0, keep_last=1, bf16=True),
+    )
