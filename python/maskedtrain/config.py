@@ -24,6 +24,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
+    "flag",
     "flags",
     "from_dict",
     "to_dict",
@@ -167,13 +168,17 @@ def flags(config: TrainConfig, base: TrainConfig) -> list[str]:
                 continue
             if name == "name":
                 raise ValueError(f"{group} must be {before[group][name]}, got {value}")
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                found.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                several = cast("list[Any]", value) if isinstance(value, list) else [value]
-                found += [f"--{flag}", *map(str, several)]
+            found += flag(name, value)
     return found
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """The words by which the command line takes an option, its value as ``to_dict`` has it."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    several = cast("list[Any]", value) if isinstance(value, list) else [value]
+    return [f"--{dashed}", *map(str, several)]
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

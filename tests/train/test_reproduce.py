@@ -132,7 +132,7 @@ def test_figure4_holds_where_ats_does_better():
     worse = {"overlap": 1.4, "norm_similarity": 0.2, "alignment": 4.0}
     better = {"overlap": 1.1, "norm_similarity": 0.9, "alignment": 1.3}
 
-    def holds(standard: dict[str, float], ats: dict[str, float], first: float) -> list[bool]:
+    def holds(standard: dict[str, float], ats: dict[str, float], first: float) -> list[bool | None]:
         rows = trained({"ATS": ats, "standard": standard}, overlap=first)
         return [claim.holds for claim in figure4.Config().claims(rows)]
 
@@ -143,7 +143,7 @@ def test_figure4_holds_where_ats_does_better():
 
 
 def test_mast_holds_below_its_bound_and_where_variance_reduction_converges():
-    def holds(distance: float, reduced: float, accuracy: float) -> list[bool]:
+    def holds(distance: float, reduced: float, accuracy: float) -> list[bool | None]:
         last = {"SGD": 0.1, "L-SVRDSG": 1e-12, "S-PAGE": reduced}
         rows = [
             {"panel": "bound", "method": "Rand-K K=16", "distance_sq": distance, "bound": 1.0},
@@ -158,7 +158,7 @@ def test_mast_holds_below_its_bound_and_where_variance_reduction_converges():
 
 
 def test_ist_holds_where_every_panel_shows_it():
-    def holds(**changed: float) -> list[bool]:
+    def holds(**changed: float) -> list[bool | None]:
         value = {
             "plain f": 1e-3, "preconditioned f": 1e-9, "plain change": 7.0,
             "preconditioned change": -2.0, "preconditioned x": 1e-30, "bias": 1e-6, "far": 1.0,

@@ -83,8 +83,23 @@ def test_a_file_that_is_no_result_of_the_piece_does_not_count(tmp_path: Path, co
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "a.json").write_text(contents)
     piece = Work("a")
-    run([piece], tmp_path)
+    assert "a.json is damaged, or of other options: once more" in run([piece], tmp_path)[1]
     assert piece.done == 1
+    assert "damaged" not in run([piece], tmp_path)[1]
+
+
+def test_what_a_killed_process_left_of_a_piece_that_is_done_goes(tmp_path: Path):
+    # As another process does it between this one's first look and its turn.
+    class Late(Work):
+        def matches(self, result: Result) -> bool:
+            self.looks = getattr(self, "looks", 0) + 1
+            return self.looks > 1
+
+    run([Work("a")], tmp_path, keep_work=True)
+    late = Late("a")
+    run([late], tmp_path)
+    assert late.done == 0
+    assert not (tmp_path / "work" / "a").exists()
 
 
 def test_a_failed_piece_is_reported_and_does_not_stop_the_rest(tmp_path: Path):
@@ -119,6 +134,11 @@ def test_a_signal_ends_the_plan_and_leaves_the_work_to_go_on_with(tmp_path: Path
     assert (tmp_path / "work" / "a" / "checkpoint").exists()
     pieces[0].raises = None
     assert run(pieces, tmp_path)[0] == {}
+
+
+def test_ctrl_c_outside_a_training_ends_the_plan_likewise(tmp_path: Path):
+    with pytest.raises(Interrupted, match="stopped in work a; the same command goes on"):
+        run([Work("a", raises=KeyboardInterrupt())], tmp_path)
 
 
 def test_what_cannot_be_written_ends_the_plan(tmp_path: Path):

@@ -6,31 +6,36 @@ import json
 import math
 import re
 import shlex
+import signal
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from maskedtrain import cli
 from maskedtrain.commands._options import parse, take
 from maskedtrain.config import TrainConfig, to_dict
+from maskedtrain.data.cifar10 import Config as CIFAR10Config
 from maskedtrain.files import write_json
 from maskedtrain.presets import preset
-from maskedtrain.reproduce import figure2, report, tables
+from maskedtrain.reproduce import figure2, report, table3, tables
 from maskedtrain.reproduce.base import Claim, to_csv
 from maskedtrain.reproduce.plan import Store, execute
-from maskedtrain.reproduce.tables import SCALES, Sample, Table, beats, reaches
+from maskedtrain.reproduce.tables import Entry, Sample, Scale, Table, beats, reaches
 from maskedtrain.reproduce.trainings import FORMAT, Figure, Place, Training
 from maskedtrain.training.console import Console, format_count, format_duration
+from maskedtrain.training.loop import Trainer
+from maskedtrain.training.run import train
 
 ALL = [
     pytest.param(table, id=f"{scale}: {table.title}")
-    for scale in SCALES
+    for scale in get_args(Scale)
     for config in tables().values()
     for table in config().tables(scale)
 ]
@@ -40,7 +45,7 @@ def tiny(seed: int = 0, **options: Any) -> Training:
     """A training of a second."""
     config = preset("digits-resnet8-ats")
     config = replace(config, model=replace(config.model, width=16))  # pyright: ignore[reportCallIssue]
-    run = replace(config.run, **{"epochs": 0.2, "seed": seed, **options})
+    run = replace(config.run, **{"epochs": 0.2, "log_every": 1, "seed": seed, **options})
     return Training("digits-resnet8-ats", replace(config, run=run), "tiny")
 
 
@@ -59,7 +64,7 @@ def test_a_runs_command_trains_what_the_plan_says(table: Table):
 
 
 @pytest.mark.parametrize("table", ALL)
-def test_every_statement_can_be_judged(table: Table):
+def test_a_statement_is_judged_once_its_entries_are_there(table: Table):
     samples = {entry.key: Sample((1.0, 1.1)) for entry in table.entries}
     flops = {entry.key: 1.0 for entry in table.entries}
     whole = table.judge(samples, flops)
@@ -67,7 +72,30 @@ def test_every_statement_can_be_judged(table: Table):
     assert table.judge({}, {}) == []
     for entry in table.entries:
         some = table.judge({key: s for key, s in samples.items() if key != entry.key}, flops)
-        assert len(some) <= len(whole)
+        assert all(claim in whole for claim in some)
+    # Nothing is said of a training by itself.
+    assert all(table.judge({key: s}, {}) == [] for key, s in samples.items())
+
+
+@pytest.mark.parametrize("table", ALL)
+def test_the_papers_own_figures_do_not_refute_it(table: Table):
+    samples = {
+        entry.key: Sample(
+            (paper.mean - (paper.std or 0.0), paper.mean, paper.mean + (paper.std or 0.0))
+        )
+        for entry in table.entries
+        if (paper := entry.paper) is not None
+    }
+    assert [claim for claim in table.judge(samples, {}) if claim.holds is False] == []
+
+
+@pytest.mark.parametrize("table", ALL)
+def test_a_result_that_was_written_is_found(table: Table, tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    for training in table.trainings(range(1)):
+        result = fixture(training, {"full": 0.5, "core": 0.4})
+        write_json(tmp_path / "results" / f"{training.id}.json", result)
+        assert Store(tmp_path).result(training) is not None
 
 
 def test_an_id_is_of_what_a_training_does_alone():
@@ -83,6 +111,7 @@ def test_a_result_of_other_options_is_not_a_runs(tmp_path: Path):
     assert tiny().matches(result)
     assert not tiny(1).matches(result)
     assert not tiny().matches({**result, "format": FORMAT + 1})
+    assert not tiny().matches({k: v for k, v in result.items() if k != "evaluations"})
     # Where a default has changed since, what is written counts.
     old = json.loads(json.dumps(result))
     old["config"]["optim"]["momentum"] = 0.8
@@ -105,15 +134,44 @@ def test_a_training_leaves_what_a_report_needs(tmp_path: Path):
     # Nothing of the place it was made in.
     assert str(tmp_path) not in json.dumps(result)
     assert store.result(tiny()) == result
+    config = tiny().config
+    entries = tuple(
+        Entry(name, "ATS", name, "digits-resnet8-ats", config)  # pyright: ignore[reportArgumentType]
+        for name in ("core", "full")
+    )
+    table = Table("tiny", "none", "accuracy", entries, lambda samples, flops: [], same=False)
+    found = report.collect("command", [table], [], range(1), store)
+    shown = {row[1]: row[2] for row in found.sections[0].rows}
+    assert shown == {r["network"]: f"{100 * r['accuracy']:.2f}" for r in result["results"]}
+    assert "images/s" in found.runs[0].speed
+    assert report.to_html(found)
+
+
+def test_a_folder_of_other_options_is_not_gone_on_with(tmp_path: Path):
+    place = Place(device="cpu", threads=1)
+    other = replace(tiny(), place=place)
+    optim = replace(other.config.optim, momentum=0.8)
+    other = replace(other, config=replace(other.config, optim=optim))
+    other.run(tmp_path / "work", "other", Console(StringIO()))
+    output = StringIO()
+    training = replace(tiny(), place=place)
+    found = training.run(tmp_path / "work", "this", Console(output))
+    assert "of other options: starting anew" in output.getvalue()
+    assert json.loads((tmp_path / "work" / "config.json").read_text())["optim"]["momentum"] == 0.9
+    # Nor is one whose checkpoints are damaged.
+    for weights in (tmp_path / "work" / "checkpoints").glob("*/weights.safetensors"):
+        weights.write_bytes(b"")
+    again = training.run(tmp_path / "work", "this", Console(output))
+    assert [r["accuracy"] for r in again["results"]] == [r["accuracy"] for r in found["results"]]
 
 
 def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path, capsys: Any):
     training = replace(tiny(), place=Place(device="cpu", threads=1))
     whole = training.run(tmp_path / "whole", "whole", Console(StringIO()))
-    half = replace(
-        training, config=replace(training.config, run=replace(training.config.run, max_steps=2))
-    )
-    half.run(tmp_path / "halves", "half", Console(StringIO()))
+    config = training._placed(tmp_path / "halves")
+    train(replace(config, run=replace(config.run, max_steps=2)), Console(StringIO()))
+    # As a signal leaves it: where to stop was no option of the run.
+    write_json(tmp_path / "halves" / "config.json", to_dict(config))
     output = StringIO()
     both = training.run(tmp_path / "halves", "half", Console(output))
     assert "at step 2" in output.getvalue()
@@ -150,6 +208,19 @@ def test_statements_are_judged_against_the_spread():
     assert beats(samples, "high", "missing", "") == []
 
 
+def test_chance_decides_one_case_in_twenty_at_most():
+    random = np.random.default_rng(0)
+    for count in (2, 3, 5):
+        draws = random.normal(size=(2000, 2, count)).tolist()
+        decided = [
+            beats({"a": Sample(tuple(a)), "b": Sample(tuple(b))}, "a", "b", "")[0].holds is not None
+            for a, b in draws
+        ]
+        assert np.mean(decided) <= 0.055
+    same = {"a": Sample((1.0, 1.0)), "b": Sample((1.0, 1.0))}
+    assert beats(same, "a", "b", "")[0].holds is None
+
+
 def test_sample():
     assert Sample((1.0,)).std is None
     assert math.isinf(Sample((1.0,)).error)
@@ -178,7 +249,8 @@ def fixture(
         score = (
             {"accuracy": None, "bleu": value} if value > 1 else {"accuracy": value, "bleu": None}
         )
-        return {"network": network, "train_flops": 1e9 * value, "seconds": seconds, **score}
+        known = {"network": network, "unit": "image", "train_flops": 1e9 * value}
+        return {**known, "seconds": seconds, **score}
 
     evaluations = [
         {
@@ -196,7 +268,7 @@ def fixture(
         "results": [row(*item) for item in scores.items()],
         "remarks": ["a <remark>"],
         "evaluations": evaluations,
-        "rates": {},
+        "rates": {"full": {"targets_per_s": 1234.5, "flop_utilization": 0.25}},
         "seconds": seconds,
         "environment": {
             "device": "a <processor>",
@@ -293,18 +365,20 @@ def test_every_cell_of_a_report_is_that_of_the_runs(name: str, tmp_path: Path):
             format_duration(statistics.mean(row["seconds"] for row in rows)),
         ]
     assert len(runs) == 1 + len(table.trainings(seeds))
-    for training, (label, scores, seconds, place, state) in zip(
+    for training, (label, scores, seconds, speed, place, state) in zip(
         table.trainings(seeds), runs[1:], strict=True
     ):
         assert label == training.label
         if training == missing:
-            assert (scores, seconds, place, state) == ("–", "–", "–", "failed: it <failed>")
+            assert (scores, seconds, speed, place) == ("–",) * 4
+            assert state == "failed: it <failed>"
             continue
         result = done[training.id]
         for row in result["results"]:
             value = row["bleu"] or 100 * row["accuracy"]
             assert f"{row['network']} {value:.2f} " in scores
         assert seconds == format_duration(result["seconds"])
+        assert speed == "full 1,234 images/s, 25% of the product rate"
         assert place.startswith("a <processor>, 1 thread, torch 2.0, maskedtrain 1.0")
         assert state == "done"
     for claim in found.sections[0].claims:
@@ -315,7 +389,7 @@ def test_every_cell_of_a_report_is_that_of_the_runs(name: str, tmp_path: Path):
     # The tables of the Markdown page have the same cells.
     lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
     cells = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
-    assert [row for row in cells if row[0] != "---"] == shown
+    assert [row for row in cells if row[0] != "---"] == [*shown, *runs]
 
 
 def test_a_report_needs_no_other_file(tmp_path: Path):
@@ -327,6 +401,8 @@ def test_a_report_needs_no_other_file(tmp_path: Path):
     page = Page(report.to_html(found))
     assert len(page.images) == 1
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    html = report.to_html(found)
+    assert not re.search(r"url\(|@import|https?:", html)
     # The same results make the same page.
     assert report.to_html(found) == report.to_html(
         report.collect("command", [table], [], range(2), Store(tmp_path))
@@ -351,6 +427,19 @@ def test_a_figure_is_drawn_and_judged_from_its_rows(tmp_path: Path):
     assert section.drawing is not None
     assert list(section.claims) == figure.config.claims(rows)
     assert found.runs[0].command == "maskedtrain reproduce figure2 --steps 4 --every 2"
+    other = Figure(figure2.Config(batch_norm=False, data=Path("somewhere")))
+    assert other.command == "maskedtrain reproduce figure2 --no-batch-norm --data FOLDER"
+    assert other.id != figure.id
+
+
+def test_a_report_without_drawings_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table = tables()["table3"]().tables("cpu")[0]
+    (tmp_path / "results").mkdir()
+    assert list(made_up(table, range(2), tmp_path))
+    monkeypatch.setattr(report, "new_figure", lambda **size: None)
+    found = report.collect("command", [table], [], range(2), Store(tmp_path))
+    assert found.sections[0].drawing is None
+    assert "matplotlib is not installed" in Page(report.to_html(found)).text
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path):
@@ -368,6 +457,65 @@ def test_the_command_makes_a_report_of_what_is_there(tmp_path: Path, capsys: Any
     assert "[holds] ATS: an epoch takes 31.3 T FLOPs" in output
     assert re.search(r"^ATS +core +– +– +93.94 ", output, re.MULTILINE)
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.fixture
+def tiny_table(monkeypatch: pytest.MonkeyPatch) -> Table:
+    """What ``reproduce table3`` trains, in small: an entry that fails, and two of one training."""
+    config = tiny().config
+    bad = replace(config, data=CIFAR10Config(data=Path("/nowhere")))
+    entries = (
+        Entry("bad", "bad", "full", "digits-resnet8-ats", bad),
+        Entry("core", "good", "core", "digits-resnet8-ats", config),
+        Entry("full", "good", "full", "digits-resnet8-ats", config),
+    )
+    table = Table("tiny", "none", "accuracy", entries, lambda samples, flops: [], same=False)
+    monkeypatch.setattr(table3.Config, "tables", lambda self, scale: [table])
+    # The command cannot be that of a preset with other data.
+    monkeypatch.setattr(Training, "command", "a command")
+    return table
+
+
+def test_a_failed_run_is_in_the_report_and_the_exit_code(
+    tiny_table: Table, tmp_path: Path, capsys: Any
+):
+    command = ["reproduce", "table3", "--seeds", "1", "--device", "cpu", "--threads", "1"]
+    for done in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--out", str(tmp_path)])
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert ("1 of 2 runs are done already" in captured.out) == done
+        assert "1 of 2 runs failed: tiny: bad, seed 0: " in captured.err
+        assert captured.err.count("\n") == 1
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    states = {label: state for label, *_, state in page.tables[-1][1:]}
+    assert states["tiny: good, seed 0"] == "done"
+    assert states["tiny: bad, seed 0"].startswith("failed: ")
+
+
+def test_ctrl_c_leaves_a_report_and_a_run_to_go_on_with(
+    tiny_table: Table, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    command = ["reproduce", "table3", "--seeds", "1", "--device", "cpu", "--threads", "1"]
+    command += ["--out", str(tmp_path)]
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer, batches: Any) -> Any:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    assert stop.value.code == 128 + signal.SIGINT
+    assert "stopped in tiny: good, seed 0; the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "at step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

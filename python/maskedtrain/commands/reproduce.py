@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from typing import Any
 from maskedtrain import reproduce
 from maskedtrain.commands._options import parse
 from maskedtrain.config import unknown_name
-from maskedtrain.data._files import ROOT_VARIABLE
+from maskedtrain.data._files import find_root
 from maskedtrain.reproduce import report
 from maskedtrain.reproduce.base import FigureConfig, Section, summary
 from maskedtrain.reproduce.plan import Piece, Store, execute
 from maskedtrain.reproduce.tables import Scale
 from maskedtrain.reproduce.trainings import Figure, Place
 from maskedtrain.training.console import Console
+from maskedtrain.training.signals import Interrupted
 
 ALL = "all"
 # The figures of the paper whose tables these are.
@@ -90,13 +90,23 @@ def _reproduce_tables(name: str, options: Options, console: Console) -> None:
         unique.setdefault(piece.id, piece)
     pieces = list(unique.values())
     store = Store(options.out, keep_work=options.keep_runs)
-    failures = {} if options.report_only else execute(pieces, store, console)
     title = f"maskedtrain reproduce {name} --scale {options.scale} --seeds {options.seeds}"
-    found = report.collect(title, chosen, figures, seeds, store, counted=counted)
-    path = report.write(options.out, found)
-    for section in found.sections:
+
+    def write_report() -> report.Report:
+        found = report.collect(title, chosen, figures, seeds, store, counted=counted)
+        report.write(options.out, found)
+        return found
+
+    failures: dict[str, str] = {}
+    if not options.report_only:
+        try:
+            failures = execute(pieces, store, console)
+        except Interrupted:
+            write_report()
+            raise
+    for section in write_report().sections:
         _show(section, console)
-    console.print(f"\nwritten to {path}")
+    console.print(f"\nwritten to {options.out / 'report.html'}")
     if failures:
         first, reason = next(iter(failures.items()))
         raise RuntimeError(f"{len(failures)} of {len(pieces)} runs failed: {first}: {reason}")
@@ -120,8 +130,8 @@ def _figure(name: str, options: Options) -> FigureConfig:
     if options.threads is not None:
         given["threads"] = options.threads
     if options.scale != "cpu":
-        # Where there are none, it is the run that says so.
-        data = options.data or Path(os.environ.get(ROOT_VARIABLE, "."))
+        # A report needs no data, but knows which figure it is of.
+        data = Path() if options.report_only else find_root(options.data, name)
         given |= {"data": data, "steps": 4000, "every": 20}
     return replace(reproduce.configs()[name](), **given)
 

@@ -47,11 +47,11 @@ class Claim:
     paper: str
     measured: str
     holds: bool | None
-    """None: the runs differ too much among themselves to say."""
+    """None: too few runs, or too much spread among them, to say."""
 
     @property
     def verdict(self) -> str:
-        words = {True: "holds", False: "DOES NOT HOLD", None: "WITHIN NOISE"}
+        words = {True: "holds", False: "DOES NOT HOLD", None: "NOT DECIDED"}
         return words[self.holds]
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,9 @@ from maskedtrain.training.signals import Interrupted
 __all__ = ["Piece", "Result", "Store", "execute"]
 
 Result = Mapping[str, Any]
-"""What a piece of work found, in terms of JSON; ``seconds`` is what it took."""
+"""What a piece of work found, in terms of JSON: ``seconds`` of the work itself, ``wall_seconds``
+with all that goes with it where that is known.
+"""
 
 _POLL_S = 2.0
 
@@ -69,18 +72,20 @@ class Store:
     def __init__(self, folder: Path, *, keep_work: bool = False) -> None:
         self.folder = folder
         self.keep_work = keep_work
-        self._began = time.time()
+        self._failed_before = {
+            path.name: path.stat().st_mtime_ns for path in (folder / "work").glob("*.failed")
+        }
 
     def result(self, piece: Piece) -> Result | None:
         """The result of the piece; None where it is not done.
 
         A file that is damaged, or is not of these options, does not count.
         """
-        try:
-            found = json.loads(self._result(piece).read_bytes())
-            return found if piece.matches(found) else None
-        except (OSError, ValueError, TypeError, LookupError):
-            return None
+        with suppress(FileNotFoundError, ValueError, TypeError, LookupError):
+            found = json.loads(self.result_file(piece).read_bytes())
+            if piece.matches(found):
+                return found
+        return None
 
     def failure(self, piece: Piece) -> str | None:
         """Why the piece failed the last time, if it is not done."""
@@ -92,8 +97,9 @@ class Store:
 
     def failed_since(self, piece: Piece) -> bool:
         """Whether it has failed, here or in another process, since this one began with the plan."""
-        with suppress(OSError):
-            return self._failed(piece).stat().st_mtime >= self._began
+        file = self._failed(piece)
+        with suppress(FileNotFoundError):
+            return file.stat().st_mtime_ns != self._failed_before.get(file.name)
         return False
 
     @contextmanager
@@ -115,16 +121,25 @@ class Store:
         finally:
             lock.release()
 
-    def do(self, piece: Piece, label: str, console: Console) -> Result:
+    def do(self, piece: Piece, label: str, console: Console) -> None:
         """Run a piece that is this process's, and keep its result."""
-        self._failed(piece).unlink(missing_ok=True)
+        if self.result_file(piece).exists():
+            console.warn(f"{self.result_file(piece)} is damaged, or of other options: once more")
+        with output_errors(self._failed(piece)):
+            self._failed(piece).unlink(missing_ok=True)
         found = piece.run(self.work(piece), label, console)
         make_folder(self.folder / "results")
-        write_json(self._result(piece), found)
-        if not self.keep_work:
-            with output_errors(self.work(piece)):
-                shutil.rmtree(self.work(piece), ignore_errors=True)
-        return found
+        write_json(self.result_file(piece), found)
+        self.tidy(piece, console)
+
+    def tidy(self, piece: Piece, console: Console) -> None:
+        """Remove what a piece that is done has left in the folder of work."""
+        if self.keep_work or not self.work(piece).exists():
+            return
+        try:
+            shutil.rmtree(self.work(piece))
+        except OSError as error:
+            console.warn(f"{self.work(piece)} could not be removed: {error.strerror}")
 
     def fail(self, piece: Piece, reason: str) -> None:
         """Keep the reason why a piece failed."""
@@ -135,7 +150,8 @@ class Store:
         """Where the piece writes while it is in hand."""
         return self.folder / "work" / piece.id
 
-    def _result(self, piece: Piece) -> Path:
+    def result_file(self, piece: Piece) -> Path:
+        """Where the piece's result is, once it is done."""
         return self.folder / "results" / f"{piece.id}.json"
 
     def _failed(self, piece: Piece) -> Path:
@@ -151,6 +167,7 @@ def execute(pieces: Sequence[Piece], store: Store, console: Console) -> dict[str
         Interrupted: SIGINT or SIGTERM came; calling this again goes on from there.
         OutputError: something could not be written: that would be so of the other pieces, too.
     """
+    make_folder(store.folder)
     failures: dict[str, str] = {}
     left = {piece.id: piece for piece in pieces if store.result(piece) is None}
     if done := len(pieces) - len(left):
@@ -164,6 +181,7 @@ def execute(pieces: Sequence[Piece], store: Store, console: Console) -> dict[str
                 del left[piece.id]
                 # Another process may have done it since the last look.
                 if store.result(piece) is not None:
+                    store.tidy(piece, console)
                     continue
                 if store.failed_since(piece):
                     failures[piece.label] = store.failure(piece) or "it failed"
@@ -185,10 +203,9 @@ def _do(
     console.print(f"\n{place} {piece.label}; {_work_left(pieces, store)}")
     try:
         store.do(piece, f"{place} {piece.label}", console)
-    except Interrupted as stop:
-        raise Interrupted(
-            stop.signum, f"stopped in {piece.label}; the same command goes on from there"
-        ) from None
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
+        raise _stopped(number, f"in {piece.label}") from None
     except OutputError:
         raise
     except Exception as error:
@@ -196,6 +213,10 @@ def _do(
         failures[piece.label] = reason
         store.fail(piece, reason)
         console.warn(f"{piece.label} failed: {reason}")
+
+
+def _stopped(signum: int, where: str) -> Interrupted:
+    return Interrupted(signum, f"stopped {where}; the same command goes on from there")
 
 
 def _work_left(pieces: Sequence[Piece], store: Store) -> str:
@@ -207,7 +228,8 @@ def _work_left(pieces: Sequence[Piece], store: Store) -> str:
         if result is None:
             to_do.append(piece.kind)
         else:
-            took.setdefault(piece.kind, []).append(result["seconds"])
+            seconds = result.get("wall_seconds", result["seconds"])
+            took.setdefault(piece.kind, []).append(seconds)
     known = [statistics.mean(took[kind]) for kind in to_do if kind in took]
     unknown = len(to_do) - len(known)
     if not known:
@@ -219,9 +241,12 @@ def _work_left(pieces: Sequence[Piece], store: Store) -> str:
 def _wait(left: Sequence[Piece], store: Store, console: Console) -> None:
     """Wait until one that another process is at is done, has failed or was given up."""
     console.print(f"waiting for {len(left)} runs that other processes are at")
-    while True:
-        time.sleep(_POLL_S)
-        for piece in left:
-            with store.claimed(piece) as ours:
-                if ours:
-                    return
+    try:
+        while True:
+            time.sleep(_POLL_S)
+            for piece in left:
+                with store.claimed(piece) as ours:
+                    if ours:
+                        return
+    except KeyboardInterrupt:
+        raise _stopped(signal.SIGINT, "while waiting") from None

@@ -28,13 +28,14 @@ from maskedtrain.training.metrics import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-__all__ = ["Report", "Run", "Stands", "collect", "to_html", "to_markdown", "write"]
+__all__ = ["Report", "Row", "Run", "collect", "to_html", "to_markdown", "write"]
 
 MISSING = "–"
+_OTHER = " Data and network are others here: what can be compared is the order of the rows."
 
 
 @dataclass(frozen=True)
-class Stands:
+class Row:
     """One row of a table: what was measured, beside the paper's."""
 
     method: str
@@ -42,8 +43,9 @@ class Stands:
     measured: Sample | None
     paper: Quoted | None
     train_flops: float | None
-    """Of one training, that of the row."""
+    """Of one training, of which the row is a network."""
     seconds: float | None
+    """Of its steps; None where seeds ran on different machines."""
 
     @property
     def cells(self) -> list[str]:
@@ -68,17 +70,21 @@ class Run:
     """A training of the plan, and where it stands."""
 
     label: str
-    id: str
+    command: str
     state: str
     """"done", "not done", or why it failed."""
-    scores: str
-    seconds: str
-    place: str
-    command: str
+    scores: str = MISSING
+    seconds: str = MISSING
+    speed: str = MISSING
+    place: str = MISSING
 
     @property
     def cells(self) -> list[str]:
-        return [self.label, self.scores, self.seconds, self.place, self.state]
+        """As they are shown, under ``RUNS``."""
+        return [self.label, self.scores, self.seconds, self.speed, self.place, self.state]
+
+
+RUNS = ("run", "test scores", "time", "speed", "on", "state")
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Report:
 
     @property
     def verdicts(self) -> dict[str, int]:
-        """How many statements hold, do not, and are within noise."""
+        """How many statements hold, do not, and are not decided."""
         found = [claim.verdict for section in self.sections for claim in section.claims]
         return {verdict: found.count(verdict) for verdict in dict.fromkeys(found)}
 
@@ -125,6 +131,8 @@ def collect(
     runs = [_run(piece, results.get(id), store) for id, piece in pieces.items()]
     places = dict.fromkeys(_place(result) for result in results.values())
     remarks = dict.fromkeys(r for result in results.values() for r in result.get("remarks", ()))
+    if new_figure(width_in=1, height_in=1) is None:
+        remarks["There are no drawings: matplotlib is not installed."] = None
     return Report(command, sections, runs, list(places), list(remarks))
 
 
@@ -146,7 +154,7 @@ def to_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(report=report)
+    return environment.get_template("report.html.jinja").render(report=report, runs=RUNS)
 
 
 def to_markdown(report: Report) -> str:
@@ -155,18 +163,23 @@ def to_markdown(report: Report) -> str:
     for section in report.sections:
         lines += ["", f"## {section.title}", "", section.about]
         if section.rows:
-            table = [section.header, ["---"] * len(section.header), *section.rows]
-            lines += ["", *(f"| {' | '.join(row)} |" for row in table)]
+            lines += ["", *_markdown_table(section.header, section.rows)]
         if section.claims:
             lines += ["", *(f"- {claim}" for claim in section.claims)]
-    lines += ["", "## Where", "", *(f"- {place}" for place in report.places), ""]
+    lines += ["", "## Runs", "", *_markdown_table(RUNS, [run.cells for run in report.runs])]
+    lines += ["", *(f"- {line}" for line in (*report.places, *report.remarks)), ""]
     return "\n".join(lines)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    table = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table]
 
 
 def _table(table: Table, seeds: Sequence[int], results: Mapping[str, Result]) -> Section:
     samples: dict[str, Sample] = {}
     flops: dict[str, float] = {}
-    rows: list[Stands] = []
+    rows: list[Row] = []
     found: dict[str, list[Result]] = {}
     for entry in table.entries:
         done = [
@@ -179,23 +192,24 @@ def _table(table: Table, seeds: Sequence[int], results: Mapping[str, Result]) ->
             samples[entry.key] = Sample(tuple(table.value(entry, result) for result in done))
             flops[entry.key] = _mean(done, entry, "train_flops")
         rows.append(
-            Stands(
+            Row(
                 entry.method,
                 entry.network,
                 samples.get(entry.key),
                 entry.paper,
                 flops.get(entry.key),
-                _mean(done, entry, "seconds") if done else None,
+                # Seconds of different machines have no mean.
+                _mean(done, entry, "seconds") if len(set(map(_place, done))) == 1 else None,
             )
         )
-    header = ["training", "network", f"{table.unit} here", "seeds", "in the paper", "difference"]
-    header += ["training FLOPs", "time"]
+    header = ["training", "network", f"{table.unit} here", "seeds", "in the paper"]
+    header += ["difference" if table.same else "difference (other data)", "training FLOPs", "time"]
     drawing = _drawn(lambda drawing: curves.draw(drawing, table, found), 10.0, 3.8)
     return Section(
         title=table.title,
-        about=f"Mean (standard deviation over seeds) on the test data. Beside it the paper's "
-        f"{table.paper}. Training FLOPs and time are those of the one training that the row "
-        f"comes from.",
+        about=f"Mean (standard deviation) over the seeds, on the test data. Beside it the paper's "
+        f"{table.paper}.{'' if table.same else _OTHER} FLOPs and time are those of the training's "
+        "steps, of whichever network.",
         claims=table.judge(samples, flops),
         header=header,
         rows=[row.cells for row in rows],
@@ -217,13 +231,19 @@ def _figure(figure: Figure, result: Result | None) -> Section:
 
 
 def _run(piece: Training | Figure, result: Result | None, store: Store) -> Run:
-    command = piece.command
     if result is None:
         failure = store.failure(piece)
         state = "not done" if failure is None else f"failed: {failure}"
-        return Run(piece.label, piece.id, state, MISSING, MISSING, MISSING, command)
-    seconds = format_duration(result["seconds"])
-    return Run(piece.label, piece.id, "done", _scores(result), seconds, _place(result), command)
+        return Run(piece.label, piece.command, state)
+    return Run(
+        piece.label,
+        piece.command,
+        "done",
+        _scores(result),
+        format_duration(result["seconds"]),
+        _speed(result),
+        _place(result),
+    )
 
 
 def _scores(result: Result) -> str:
@@ -235,6 +255,17 @@ def _scores(result: Result) -> str:
             value, unit = 100 * row["accuracy"], "%"
         shown.append(f"{row['network']} {value:.2f} {unit}")
     return ", ".join(shown) or MISSING
+
+
+def _speed(result: Result) -> str:
+    """Of the steps of every network: targets are tokens or images."""
+    unit = next((row["unit"] for row in result.get("results", ())), "target")
+    shown = [
+        f"{name} {rates['targets_per_s']:,.0f} {unit}s/s, "
+        f"{rates['flop_utilization']:.0%} of the product rate"
+        for name, rates in sorted(result.get("rates", {}).items())
+    ]
+    return "; ".join(shown) or MISSING
 
 
 def _place(result: Result) -> str:

@@ -43,11 +43,11 @@ class Config(TableConfig):
     def tables(self, scale: Scale) -> list[Table]:
         if scale == "cpu":
             return [
-                _table("Table 3, digits, ResNet-8", "digits-resnet8"),
+                _table("Table 3, digits, ResNet-8", "digits-resnet8", lambda config: config),
                 _table("Table 3, CIFAR-10, ResNet-8", "cifar10-resnet18", _small),
             ]
         adapt = partial(_fast, epochs=20.0 if scale == "gpu" else 200.0)
-        return [_table("Table 3, CIFAR-10, ResNet-18", "cifar10-resnet18", adapt)]
+        return [_table("Table 3, CIFAR-10, ResNet-18", "cifar10-resnet18", adapt, same=True)]
 
     def counted(self) -> list[Section]:
         experiment = EXPERIMENTS["cifar10-resnet18"]
@@ -84,7 +84,11 @@ def _fast(config: TrainConfig, *, epochs: float) -> TrainConfig:
 
 
 def _table(
-    title: str, preset_name: str, adapt: Callable[[TrainConfig], TrainConfig] = lambda c: c
+    title: str,
+    preset_name: str,
+    adapt: Callable[[TrainConfig], TrainConfig],
+    *,
+    same: bool = False,
 ) -> Table:
     def entry(key: str, method: str, network: str, row: str, paper: float | None) -> Entry:
         name = f"{preset_name}-{row}"
@@ -99,7 +103,7 @@ def _table(
         entry("core slimmable", "slimmable", "core", "slimmable", 93.99),
         entry("full slimmable", "slimmable", "full", "slimmable", 94.72),
     )
-    return Table(title, _BESIDE, "accuracy", entries, _judge)
+    return Table(title, _BESIDE, "accuracy", entries, _judge, same=same)
 
 
 def _judge(samples: Samples, flops: Mapping[str, float]) -> list[Claim]:

@@ -14,7 +14,6 @@ from maskedtrain.reproduce.plan import Result
 from maskedtrain.reproduce.trainings import ANYWHERE, Place, Training
 
 __all__ = [
-    "SCALES",
     "Entry",
     "Quoted",
     "Sample",
@@ -29,10 +28,10 @@ __all__ = [
 ]
 
 Scale = Literal["cpu", "gpu", "paper"]
-SCALES: tuple[Scale, ...] = ("cpu", "gpu", "paper")
 
-# So many standard errors are no chance.
-_SURE = 2.0
+# By degrees of freedom, Student's t: 95 % of differences that are none are no larger, in standard
+# errors.
+_T95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class Table:
         score: of a network in the results: ``bleu``, or ``accuracy`` (shown in per cent).
         entries: its rows.
         judge: the paper's statements, judged by the entries' scores and their training FLOPs.
+        same: whether data and networks are the paper's, so that the figures can be compared.
     """
 
     title: str
@@ -105,6 +105,7 @@ class Table:
     score: Literal["bleu", "accuracy"]
     entries: tuple[Entry, ...]
     judge: Callable[[Samples, Mapping[str, float]], list[Claim]]
+    same: bool
 
     @property
     def unit(self) -> str:
@@ -158,8 +159,8 @@ def beats(samples: Samples, better: str, worse: str, paper: str) -> list[Claim]:
     """That one entry's score is higher than another's; nothing where either is missing."""
     if better not in samples or worse not in samples:
         return []
-    difference, error = _difference(samples[better], samples[worse])
-    return [Claim(paper, _shown(samples, better, worse), _sign(difference, error))]
+    one, other = samples[better], samples[worse]
+    return [Claim(paper, _shown(one, other), _above(one, other, 0.0))]
 
 
 def reaches(samples: Samples, one: str, other: str, margin: float, paper: str) -> list[Claim]:
@@ -168,25 +169,31 @@ def reaches(samples: Samples, one: str, other: str, margin: float, paper: str) -
     """
     if one not in samples or other not in samples:
         return []
-    difference, error = _difference(samples[one], samples[other])
-    shown = f"{_shown(samples, one, other)}; counted as reached: no more than {margin:g} below"
-    return [Claim(paper, shown, _sign(difference + margin, error))]
+    first, second = samples[one], samples[other]
+    shown = f"{_shown(first, second)}; holds down to {-margin:+.2f}"
+    return [Claim(paper, shown, _above(first, second, -margin))]
 
 
-def _difference(one: Sample, other: Sample) -> tuple[float, float]:
-    """Of the means, and its standard error."""
-    return one.mean - other.mean, math.hypot(one.error, other.error)
+def _above(one: Sample, other: Sample, least: float) -> bool | None:
+    """Whether the means differ by more than that, by Welch's t test on the level of 5 %; None where
+    chance may have made it so.
+    """
+    distance, error = one.mean - other.mean - least, math.hypot(one.error, other.error)
+    return None if abs(distance) <= _t95(one, other) * error else distance > 0
 
 
-def _sign(value: float, error: float) -> bool | None:
-    """Whether it is positive; None where chance may have made it so."""
-    return None if abs(value) < _SURE * error else value > 0
+def _t95(one: Sample, other: Sample) -> float:
+    """Of the degrees of freedom by Welch and Satterthwaite, rounded down."""
+    squares = [sample.error**2 for sample in (one, other)]
+    if not all(map(math.isfinite, squares)) or not any(squares):
+        return _T95[-1]
+    counts = [len(sample.values) - 1 for sample in (one, other)]
+    freedom = sum(squares) ** 2 / sum(s**2 / n for s, n in zip(squares, counts, strict=True))
+    return _T95[min(int(freedom), len(_T95) - 1)]
 
 
-def _shown(samples: Samples, one: str, other: str) -> str:
-    difference, error = _difference(samples[one], samples[other])
+def _shown(one: Sample, other: Sample) -> str:
+    error = math.hypot(one.error, other.error)
     spread = f" ± {error:.2f}" if math.isfinite(error) else ", one seed: no spread"
-    return (
-        f"{samples[one].mean:.2f} against {samples[other].mean:.2f}, "
-        f"difference {difference:+.2f}{spread}"
-    )
+    difference = one.mean - other.mean
+    return f"{one.mean:.2f} against {other.mean:.2f}, difference {difference:+.2f}{spread}"

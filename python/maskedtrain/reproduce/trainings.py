@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ import torch
 
 import partial_kernels
 from maskedtrain.benchmark.machine import processor
-from maskedtrain.config import NEUTRAL, TrainConfig, flags, from_dict, to_dict
+from maskedtrain.config import NEUTRAL, TrainConfig, flag, flags, from_dict, to_dict
 from maskedtrain.files import jsonable
 from maskedtrain.presets import preset
 from maskedtrain.reproduce.base import FigureConfig, to_csv
 from maskedtrain.reproduce.plan import Result
-from maskedtrain.training.checkpoint import Checkpoints
+from maskedtrain.training.checkpoint import CheckpointError, Checkpoints
 from maskedtrain.training.console import Console
 from maskedtrain.training.metrics import read_metrics
-from maskedtrain.training.run import train
+from maskedtrain.training.run import read_config, train
 
 __all__ = ["ANYWHERE", "Figure", "Place", "Training"]
 
+# That the process began with.
+_THREADS = torch.get_num_threads()
 # Of a result's contents: another number whenever they mean something else.
 FORMAT = 1
 
@@ -87,27 +90,50 @@ class Training:
         return shlex.join(["maskedtrain", "train", "--preset", self.preset, *options])
 
     def matches(self, result: Result) -> bool:
-        return result["format"] == FORMAT and _essence(from_dict(result["config"])) == _essence(
-            self.config
+        return (
+            result["format"] == FORMAT
+            and _essence(from_dict(result["config"])) == _essence(self.config)
+            and {"results", "evaluations", "seconds", "environment"} <= result.keys()
         )
 
     def run(self, folder: Path, label: str, console: Console) -> dict[str, Any]:
+        started = time.perf_counter()
+        # Graphs of other trainings count against the limit of this one's.
+        torch.compiler.reset()
+        if self.place.threads is None:
+            # A figure before this may have taken fewer.
+            torch.set_num_threads(_THREADS)
         config = self._placed(folder)
-        going_on = bool(Checkpoints(folder / "checkpoints").steps())
-        found = train(config, console, resume=going_on, label=label)
+        going_on = self._can_go_on(folder, console)
+        found = train(config, console, resume=going_on, overwrite=not going_on, label=label)
         records = read_metrics(folder / "metrics.jsonl")
-        return jsonable(
-            {
-                "format": FORMAT,
-                "config": to_dict(self.anywhere),
-                "results": [asdict(row) for row in found.results],
-                "remarks": list(found.remarks),
-                "evaluations": [record for record in records if record["kind"] == "eval"],
-                "rates": _rates(records),
-                "seconds": found.results[0].seconds,
-                "environment": environment(config.run.device),
-            }
-        )
+        seconds = found.results[0].seconds or 0.0
+        return {
+            "format": FORMAT,
+            "config": to_dict(self.anywhere),
+            "results": [asdict(row) for row in found.results],
+            "remarks": list(found.remarks),
+            "evaluations": [record for record in records if record["kind"] == "eval"],
+            "rates": _rates(records),
+            "seconds": seconds,
+            # Of the last stretch alone where it was stopped on the way.
+            "wall_seconds": max(seconds, time.perf_counter() - started),
+            "environment": environment(config.run.device),
+        }
+
+    def _can_go_on(self, folder: Path, console: Console) -> bool:
+        """Whether the folder has a checkpoint of just this training."""
+        checkpoints = Checkpoints(folder / "checkpoints", report=console.warn)
+        if not checkpoints.steps():
+            return False
+        try:
+            same = _essence(read_config(folder)) == _essence(self.config)
+            checkpoints.load()
+        except (ValueError, CheckpointError):
+            same = False
+        if not same:
+            console.warn(f"{folder} is damaged, or of other options: starting anew")
+        return same
 
     def _placed(self, folder: Path) -> TrainConfig:
         config, place = self.config, self.place
@@ -144,7 +170,9 @@ class Figure:
         words = ["maskedtrain", "reproduce", self.config.name]
         for name, value in options.items():
             if value != jsonable(getattr(defaults, name)):
-                words += [f"--{name.replace('_', '-')}", str(value)]
+                words += flag(name, value)
+        if not self._options()["own_data"]:
+            words += ["--data", "FOLDER"]
         return shlex.join(words)
 
     def matches(self, result: Result) -> bool:
@@ -171,9 +199,12 @@ class Figure:
 
 def environment(device: str) -> dict[str, Any]:
     """What figures depend on beside the options."""
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(device).type
+    names = {"cpu": processor, "cuda": partial(torch.cuda.get_device_name, torch.device(device))}
     return {
-        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "device": names[kind]() if kind in names else device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "maskedtrain": partial_kernels.__version__,
