@@ -118,7 +118,7 @@ def _show(section: Section, console: Console) -> None:
     if section.rows:
         # Words to the left, numbers to the right.
         columns = [(name.replace(" ", "\n"), i > 1) for i, name in enumerate(section.header)]
-        console.table(columns, section.rows)
+        console.table(columns, section.rows, max_width=80)
         console.print()
     for claim in section.claims:
         console.print(str(claim))
