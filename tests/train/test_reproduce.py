@@ -285,7 +285,7 @@ def test_without_a_name_there_is_help(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("figure5", "unknown figure or table 'figure5'; did you mean figure4? (known: all, figure2"),
+        ("figure5", "unknown figure or table 'figure5'; did you mean figure4? (known: all,"),
         ("figure2 --keep 0", "keep must be in (0, 1], got 0"),
         ("figure3 --keep 1.5", "keep must be in (0, 1], got 1.5"),
         ("figure4 --every 0", "every must be >= 1 and steps at least twice as many, got 0 and 300"),
