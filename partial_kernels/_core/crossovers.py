@@ -11,7 +11,6 @@ runs.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ import torch
 
 from partial_kernels._core.contest import Step
 from partial_kernels._core.gpu import precision
-from partial_kernels._core.tiles import device_file, user_folder
+from partial_kernels._core.tiles import device_file, put, user_folder
 
 __all__ = [
     "SHIPPED",
@@ -127,10 +126,6 @@ def read(file: Path) -> dict[str, float]:
 
 
 def write(file: Path, crossovers: Mapping[str, float]) -> None:
-    """Add these to the table, all at once."""
-    entries = {**read(file), **crossovers}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
+    """Add these to the table."""
+    put(file, {**read(file), **crossovers})
     _table.cache_clear()

@@ -19,7 +19,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHIPPED", "Tile", "bucket", "choosing", "device_file", "read", "slug", "tuned", "write"]
+__all__ = [
+    "SHIPPED",
+    "Tile",
+    "bucket",
+    "choosing",
+    "device_file",
+    "put",
+    "read",
+    "slug",
+    "tuned",
+    "write",
+]
 
 SHIPPED = Path(__file__).resolve().parents[1] / "tiles"
 
@@ -101,9 +112,13 @@ def read(file: Path) -> dict[str, Tile]:
 
 def write(file: Path, tiles: Mapping[str, Tile]) -> None:
     """Add these to the table."""
-    entries = {key: asdict(tile) for key, tile in {**read(file), **tiles}.items()}
+    put(file, {key: asdict(tile) for key, tile in {**read(file), **tiles}.items()})
+    _table.cache_clear()
+
+
+def put(file: Path, entries: Mapping[str, Any]) -> None:
+    """Put a table in the place of the one that was there, all at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(file)
-    _table.cache_clear()
