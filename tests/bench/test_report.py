@@ -14,6 +14,7 @@ from maskedtrain.benchmark import report as module
 from maskedtrain.benchmark.machine import Rates
 from maskedtrain.benchmark.report import FILES, Report, check_folder, markdown, show, write
 from maskedtrain.benchmark.rows import Row
+from maskedtrain.benchmark.training import Share, TrainingRow
 from maskedtrain.training.console import Console
 
 ROW = Row(
@@ -149,3 +150,35 @@ def test_files_of_an_earlier_run_are_not_replaced_unasked(tmp_path: Path):
         check_folder(folder, overwrite=False)
     check_folder(folder, overwrite=True)
     assert (folder / "bench.md").read_text() == "old"
+
+
+TRAINING = TrainingRow(
+    method="ats",
+    trains="the full network and the core in turn",
+    device="cpu",
+    batch_size=16,
+    steps_per_epoch=2812.5,
+    forward_flops_per_step=11.1e9,
+    forward_flops_per_epoch=31.26e12,
+    training_flops_per_step=33.3e9,
+    training_flops_per_epoch=93.6e12,
+    seconds_per_step=0.2241,
+    seconds_per_epoch=630.3,
+    held_bytes=85 << 20,
+    step_bytes=104 << 20,
+    of_slimmable=Share("slimmable", 0.5, 0.503, 0.5, 0.51, 9, noisy=False, baseline_s=0.4455),
+)
+
+
+def test_trainings_are_shown_with_what_an_epoch_costs():
+    report = made(training={"a ResNet": [TRAINING]})
+    (line,) = (line for line in markdown(report, "a CPU") if line.startswith("| ats "))
+    shown = ["33.3 G", "93.6 T", "31.3 T", "0.224", "10:30", "85.0 MiB", "104 MiB"]
+    assert cells(line) == ["ats", TRAINING.trains, *shown, TRAINING.verdict]
+    output = io.StringIO()
+    show(report, Console(output))
+    lines = output.getvalue().splitlines()
+    (row,) = (line for line in lines if line.startswith("ats  "))
+    assert row.split() == ["ats", *" ".join(shown).split()]
+    assert len(row) <= 80
+    assert TRAINING.verdict in lines

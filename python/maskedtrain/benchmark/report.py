@@ -14,7 +14,7 @@ from maskedtrain.benchmark.rows import Row
 from maskedtrain.benchmark.training import TrainingRow
 from maskedtrain.benchmark.verdict import BUSY, factor
 from maskedtrain.files import atomic_write, make_folder, output_errors, write_json
-from maskedtrain.training.console import Console, format_bytes, format_count
+from maskedtrain.training.console import Console, format_bytes, format_count, format_duration
 
 __all__ = ["FILES", "Report", "check_folder", "markdown", "show", "write"]
 
@@ -160,10 +160,17 @@ _MODEL = ("mask", "layers", "dense ms", "ms", "speed-up", "bounds", "verdict")
 _TRAINING: dict[str, Callable[[TrainingRow], str]] = {
     "method": lambda row: row.method,
     "trains": lambda row: row.trains,
-    "s / step": lambda row: f"{row.seconds_per_step:.3g}",
     "FLOPs / step": lambda row: format_count(row.training_flops_per_step),
+    "FLOPs / epoch": lambda row: format_count(row.training_flops_per_epoch),
+    "forward / epoch": lambda row: format_count(row.forward_flops_per_epoch),
+    "s / step": lambda row: f"{row.seconds_per_step:.3g}",
+    "time / epoch": lambda row: format_duration(row.seconds_per_epoch),
+    "memory held": lambda row: format_bytes(row.held_bytes),
+    "memory of a step": lambda row: format_bytes(row.step_bytes),
     "verdict": lambda row: row.verdict,
 }
+# What 80 columns have room for; verdicts are lines of their own.
+_TRAINING_TERMINAL = [name for name in _TRAINING if name not in ("trains", "verdict")]
 
 
 def _short(value: Any) -> str:
@@ -219,8 +226,14 @@ def show(report: Report, console: Console) -> None:
         )
     for title, rows in report.training.items():
         console.print(f"\ntraining: {title}")
+        console.table(
+            [(name.replace(" ", "\n"), name != "method") for name in _TRAINING_TERMINAL],
+            [[_TRAINING[name](row) for name in _TRAINING_TERMINAL] for row in rows],
+            max_width=80,
+        )
         for row in rows:
-            console.print(f"{row.method:<10} {row.seconds_per_step:8.3g} s a step; {row.verdict}")
+            if row.of_standard or row.of_slimmable:
+                console.print(row.verdict)
     if report.skipped:
         console.print(f"\nno time was left for {len(report.skipped)} more measurements")
     if disturbed := sum(row.waited > BUSY for row in report.rows):
