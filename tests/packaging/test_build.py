@@ -98,6 +98,7 @@ def test_wheel_holds_both_packages_and_the_library(native: Path) -> None:
             sources = {str(path.relative_to(root)) for path in root.glob(f"{package}/**/*.py")}
             assert sources <= files
     assert {LIBRARY, "partial_kernels/py.typed", "maskedtrain/py.typed"} <= files
+    assert "maskedtrain/reproduce/report.html.jinja" in files
     assert FAILURE not in files
     assert not [name for name in files if name.endswith((".o", ".cpp", ".h", ".ninja"))]
 
