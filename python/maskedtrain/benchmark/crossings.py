@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from maskedtrain.benchmark.timing import Disturbed, paired, timed_on
+from maskedtrain.benchmark.rows import measured
 from partial_kernels._core import discovery
 from partial_kernels._core.contest import Step
 from partial_kernels._core.crossovers import Crossing, user_file, write
@@ -70,10 +70,4 @@ def crossing(speedups: dict[float, float]) -> float:
 
 
 def _speedup(ours: Step, dense: Step, device: torch.device) -> float:
-    try:
-        found = paired(
-            dense, ours, rounds=_ROUNDS, warmup=1, timed=timed_on(device), budget_s=_SECONDS
-        )
-    except Disturbed as disturbed:
-        found = disturbed.found
-    return 1 / found.ratio
+    return 1 / measured(dense, ours, device, budget_s=_SECONDS, rounds=_ROUNDS).ratio

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,13 @@ from maskedtrain.benchmark.rows import Row
 from maskedtrain.benchmark.training import TrainingRow
 from maskedtrain.benchmark.verdict import BUSY, factor
 from maskedtrain.files import atomic_write, make_folder, output_errors, write_json
-from maskedtrain.training.console import Console, format_bytes, format_count, format_duration
+from maskedtrain.training.console import (
+    Console,
+    format_bytes,
+    format_count,
+    format_duration,
+    markdown_table,
+)
 
 __all__ = ["FILES", "Report", "check_folder", "markdown", "show", "write"]
 
@@ -173,6 +179,10 @@ _TRAINING: dict[str, Callable[[TrainingRow], str]] = {
 _TRAINING_TERMINAL = [name for name in _TRAINING if name not in ("trains", "verdict")]
 
 
+def _table(header: Iterable[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return markdown_table([(name, False) for name in header], body)
+
+
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -196,15 +206,6 @@ def _model_cells(totals: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for total in totals
     ]
-
-
-def _table(
-    header: Sequence[str] | Mapping[str, Any], body: Sequence[Sequence[str]]
-) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield f"|{'---|' * len(header)}"
-    for line in body:
-        yield f"| {' | '.join(line)} |"
 
 
 def show(report: Report, console: Console) -> None:

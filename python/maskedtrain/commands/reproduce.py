@@ -116,8 +116,7 @@ def _show(section: Section, console: Console) -> None:
     """A section, without its drawing."""
     console.print(f"\n{section.title}\n")
     if section.rows:
-        # Words to the left, numbers to the right.
-        columns = [(name.replace(" ", "\n"), i > 1) for i, name in enumerate(section.header)]
+        columns = [(name.replace(" ", "\n"), right) for name, right in section.columns]
         console.table(columns, section.rows, max_width=80)
         console.print()
     for claim in section.claims:

@@ -71,6 +71,11 @@ class Section:
     """An image's address that holds the image itself."""
     caption: str = ""
 
+    @property
+    def columns(self) -> list[tuple[str, bool]]:
+        """Of each column its name, and whether it is of numbers, which go to the right."""
+        return [(name, at > 1) for at, name in enumerate(self.header)]
+
 
 @dataclass(frozen=True)
 class FigureConfig:

@@ -22,7 +22,7 @@ from maskedtrain.reproduce.base import Section, from_csv, summary
 from maskedtrain.reproduce.plan import Result, Store
 from maskedtrain.reproduce.tables import Entry, Quoted, Sample, Table, row_of
 from maskedtrain.reproduce.trainings import Figure, Training
-from maskedtrain.training.console import format_count, format_duration
+from maskedtrain.training.console import format_count, format_duration, markdown_table
 from maskedtrain.training.metrics import new_figure
 
 if TYPE_CHECKING:
@@ -163,17 +163,17 @@ def to_markdown(report: Report) -> str:
     for section in report.sections:
         lines += ["", f"## {section.title}", "", section.about]
         if section.rows:
-            lines += ["", *_markdown_table(section.header, section.rows)]
+            lines += ["", *markdown_table(section.columns, section.rows)]
         if section.claims:
             lines += ["", *(f"- {claim}" for claim in section.claims)]
-    lines += ["", "## Runs", "", *_markdown_table(RUNS, [run.cells for run in report.runs])]
+    lines += [
+        "",
+        "## Runs",
+        "",
+        *markdown_table([(name, False) for name in RUNS], [run.cells for run in report.runs]),
+    ]
     lines += ["", *(f"- {line}" for line in (*report.places, *report.remarks)), ""]
     return "\n".join(lines)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    table = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in table]
 
 
 def _table(table: Table, seeds: Sequence[int], results: Mapping[str, Result]) -> Section:

@@ -113,12 +113,22 @@ _COLUMNS: tuple[_Column, ...] = (
 def results_markdown(rows: Sequence[ResultRow]) -> str:
     """The table of results in Markdown, with a line break at its end."""
     columns = _columns(rows)
-    lines = [
-        [header.replace("/\n", "/").replace("\n", " ") for header, _, _ in columns],
-        ["---:" if right else "---" for _, right, _ in columns],
-        *([text.replace("|", "\\|") for text in line] for line in _cells(columns, rows)),
+    names = [header.replace("/\n", "/").replace("\n", " ") for header, _, _ in columns]
+    right = [right for _, right, _ in columns]
+    lines = markdown_table(list(zip(names, right, strict=True)), _cells(columns, rows))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def markdown_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown. Of each column, its header and whether it is aligned to the
+    right; of each row, its cells.
+    """
+    table = [
+        [header for header, _ in columns],
+        ["---:" if right else "---" for _, right in columns],
+        *([text.replace("|", "\\|") for text in row] for row in rows),
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return [f"| {' | '.join(line)} |" for line in table]
 
 
 class Progress:
