@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,16 @@ def test_tuning_keeps_crossovers_for_the_user(
     assert crossovers.read(file) == {"topk native float32": 0.0}
     out = capsys.readouterr().out
     assert "topk native float32" in out and f"1 crossovers in {file}" in out
+
+
+@pytest.mark.parametrize(("families", "tuned"), [("lfc", True), ("element", False)])
+def test_on_a_gpu_tiles_alone_are_something_to_tune(
+    families: str, tuned: bool, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.discovery, "unavailable", dict)
+    monkeypatch.setattr(bench, "_tune_tiles", lambda families, _: seen.append(families))
+    with nullcontext() if tuned else pytest.raises(RuntimeError, match="finds nothing to choose"):
+        run("--tune", "--families", families)
+    assert seen == ([[families]] if tuned else [])

@@ -69,7 +69,6 @@ def main(arguments: Sequence[str], console: Console) -> None:
     options = parse(Options, arguments, command="bench")
     families = _families(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine.keep_memory()
     if options.tune:
         _tune(families, device, console)
         return
@@ -95,6 +94,7 @@ def main(arguments: Sequence[str], console: Console) -> None:
             f"shapes, with {layers.share:.0%} of the parameters; {layers.small} smaller ones are "
             "left out"
         )
+    machine.keep_memory()
     found = suite.run(plan, console, _as_json(options), options.model)
     name = device_name(device) + (" threads" if device.type == "cpu" else "")
     rates = machine.rates(device, plan.dtype)
@@ -148,18 +148,23 @@ def _warn_if_busy(console: Console) -> None:
 
 
 def _tune(families: Sequence[str], device: torch.device, console: Console) -> None:
-    if device.type == "cuda":
-        _tune_tiles(families, console)
+    tiled: list[str] = []
+    if device.type == "cuda" and "triton" not in discovery.unavailable():
+        tiled = [name for name in families if "triton" in discovery.backends(name)]
     wanted = crossings.crossings(families, device.type)
-    if not wanted:
+    if not (tiled or wanted):
         raise RuntimeError(
             f"--tune finds nothing to choose: {', '.join(families)} have no kernels on "
-            f"{device.type} whose time goes with the density"
+            f"{device.type} whose time goes with the density, or with tiles"
         )
+    machine.keep_memory()
+    if tiled:
+        _tune_tiles(tiled, console)
     for key, density, speedups in crossings.tune(wanted, device):
         shown = "  ".join(f"{d:.3g}: {speedup:.2g}x" for d, speedup in speedups.items())
         console.print(f"{key:<34} up to a density of {density:.3f}   ({shown})")
-    console.print(f"{len(wanted)} crossovers in {user_file(device)}")
+    if wanted:
+        console.print(f"{len(wanted)} crossovers in {user_file(device)}")
 
 
 def _tune_tiles(families: Sequence[str], console: Console) -> None:
@@ -171,7 +176,7 @@ def _tune_tiles(families: Sequence[str], console: Console) -> None:
     file = tiles.user_folder() / tiles.device_file(torch.cuda.get_device_name())
     found: dict[str, Tile] = {}
     for name, module in discovery.cases():
-        if name not in families or "triton" not in discovery.backends(name):
+        if name not in families:
             continue
         kernels = importlib.import_module(f"{discovery.PACKAGE}.{name}.kernels")
         for case, _ in module.gpu_cases():
