@@ -9,6 +9,7 @@ import pytest
 
 from bench import results
 from maskedtrain.benchmark import machine
+from maskedtrain.training.memory import keep_freed_memory
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -21,7 +22,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure() -> None:
-    machine.keep_memory()
+    keep_freed_memory()
 
 
 # Of each file its cases' figures.

@@ -29,7 +29,7 @@ if find_spec("maskedtrain") is None:
 from bench.gpu_cases import Stage, jobs  # noqa: E402
 from bench.gpu_report import Report, Tests, read_tests  # noqa: E402
 from bench.gpu_worker import FACTS, Worker, sentence  # noqa: E402
-from partial_kernels._core.tiles import slug  # noqa: E402
+from partial_kernels._core.tables import slug  # noqa: E402
 
 MINUTES = 9.0
 # Seconds that a stage leaves to those after it, of so many minutes.

@@ -1,38 +1,25 @@
 """Which tile a Triton kernel takes: the fastest that was measured on the device, or its default.
 
-Tables are JSON files, one for each device: those of ``partial_kernels/tiles`` are shipped, those of
-``$XDG_CONFIG_HOME/maskedtrain/tiles`` are the user's own, written by ``maskedtrain bench --tune``,
-and come first. Nothing is timed when a kernel runs.
+Nothing is timed when a kernel runs.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from partial_kernels._core.tables import Tables, device_name
+
 __all__ = [
-    "SHIPPED",
+    "TABLES",
     "Tile",
     "bucket",
     "choosing",
-    "device_file",
-    "put",
-    "read",
-    "slug",
     "tuned",
-    "write",
 ]
-
-SHIPPED = Path(__file__).resolve().parents[1] / "tiles"
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,8 @@ class Tile:
     num_warps: int
     num_stages: int
 
+
+TABLES: Tables[Tile] = Tables("tiles", encode=asdict, decode=lambda entry: Tile(**entry))
 
 Choose = Callable[[str, Tile], Tile]
 
@@ -70,55 +59,4 @@ def tuned(kernel: str, sizes: str, device: torch.device, default: Tile) -> Tile:
     key = f"{kernel} {sizes}"
     if _choose:
         return _choose[-1](key, default)
-    return _table(device).get(key, default) if device.type == "cuda" else default
-
-
-@cache
-def _table(device: torch.device) -> dict[str, Tile]:
-    file = device_file(torch.cuda.get_device_name(device))
-    return {**read(SHIPPED / file), **read(user_folder() / file)}
-
-
-def device_file(name: str) -> str:
-    """The name of the table of devices of this name."""
-    return f"{slug(name)}.json"
-
-
-def slug(name: str) -> str:
-    """The name as one of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def user_folder() -> Path:
-    """Where the user's own tables are."""
-    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(config) / "maskedtrain" / "tiles"
-
-
-def read(file: Path) -> dict[str, Tile]:
-    """The tiles of a table; none where there is no such file.
-
-    Raises:
-        ValueError: it is no table of tiles.
-    """
-    if not file.exists():
-        return {}
-    try:
-        entries: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return {key: Tile(**entry) for key, entry in entries.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no table of tiles: {error}") from error
-
-
-def write(file: Path, tiles: Mapping[str, Tile]) -> None:
-    """Add these to the table."""
-    put(file, {key: asdict(tile) for key, tile in {**read(file), **tiles}.items()})
-    _table.cache_clear()
-
-
-def put(file: Path, entries: Mapping[str, Any]) -> None:
-    """Put a table in the place of the one that was there, all at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
+    return TABLES.of(device_name(device)).get(key, default) if device.type == "cuda" else default

@@ -17,6 +17,7 @@ import partial_kernels
 from maskedtrain import commands
 from maskedtrain.config import unknown_name
 from maskedtrain.training.console import Console
+from maskedtrain.training.memory import keep_freed_memory
 from maskedtrain.training.signals import Interrupted
 
 __all__ = ["main"]
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    keep_freed_memory()
     try:
         _run(args)
     except Interrupted as stop:

@@ -1,13 +1,55 @@
-"""Linear layers of a model by patterns of their names, and errors that help to find them."""
+"""What a model has by patterns of its names, and errors that help to find it."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["kind_of", "linears_of", "matching"]
+__all__ = ["kind_of", "linears_of", "matching_linears", "matching_names", "near"]
+
+# Up to so many names are all listed in an error; of more, the nearest is.
+_FEW = 24
+
+
+def matching_names(
+    option: str,
+    patterns: Sequence[str],
+    names: Iterable[str],
+    what: str,
+    of: str = "the model",
+) -> list[str]:
+    """The names that a pattern (``fnmatch``) matches.
+
+    Args:
+        option: what the patterns are called in errors.
+        patterns: at least one.
+        names: to choose from.
+        what: they are the names of, in errors.
+        of: what has them, in errors.
+
+    Raises:
+        ValueError: there is no list of patterns, or one matches no name.
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"{option} must be a list of patterns, got {patterns!r}")
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = f", which has {', '.join(names) or 'none'}" if len(names) <= _FEW else ""
+            raise ValueError(
+                f"{option}: {pattern!r} matches no {what} of {of}{known or near(pattern, names)}"
+            )
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?``, or nothing if no known name is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -16,7 +58,7 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in named if name and isinstance(module, nn.Linear)}
 
 
-def matching(model: nn.Module, pattern: str) -> dict[tuple[str, ...], str]:
+def matching_linears(model: nn.Module, pattern: str) -> dict[tuple[str, ...], str]:
     """Names of the linear layers that match, by the texts the pattern's wildcards stand for."""
     regex = re.compile("".join(map(_regex, re.split(r"(\[.[^]]*\]|[*?])", pattern))), re.DOTALL)
     found = {match.groups(): name for name in linears_of(model) if (match := regex.fullmatch(name))}

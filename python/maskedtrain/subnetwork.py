@@ -4,11 +4,9 @@ train.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -21,16 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskedtrain.layers.base import Active, Copier, MaskedModule
 from maskedtrain.layers.norm import SwitchNorm
 from maskedtrain.layers.zeroed import check_full_width, zeroed
-from partial_kernels import Full, Index, Mask, Prefix
+from maskedtrain.patterns import matching_names, near
+from maskedtrain.widths import Ratios, width_masks, widths_of
+from partial_kernels import Full, Index, Mask
 from partial_kernels.masks import union
 
-__all__ = ["Kept", "SubNetwork", "Width", "active_count", "region", "widths_of"]
-
-Width = int | Tensor | None
-"""Channels or neurons that are kept: the first so many, those at sorted int64 positions, or all."""
-
-Kept = Callable[[str, int], Width]
-"""``kept(name, total)``: what a sub-network keeps of a width."""
+__all__ = ["SubNetwork"]
 
 
 class SubNetwork:
@@ -67,7 +61,7 @@ class SubNetwork:
         for parameter in masks:
             if parameter not in known:
                 raise ValueError(
-                    f"the model has no parameter {parameter!r}{_near(parameter, known)}"
+                    f"the model has no parameter {parameter!r}{near(parameter, known)}"
                 )
         self._given = dict(masks)
         self._settle()
@@ -194,8 +188,8 @@ class SubNetwork:
             separate_norm: give the sub-network batch norms of its own (adds parameters to the
                 model's ``SwitchNorm`` layers: make the optimizer afterwards).
         """
-        kept = _Ratios({"*": ratio} if isinstance(ratio, float | int) else ratio, round_to)
-        masks = _width_masks(model, kept)
+        kept = Ratios({"*": ratio} if isinstance(ratio, float | int) else ratio, round_to)
+        masks = width_masks(model, kept)
         kept.check_used()
         if separate_norm:
             for prefix, module in model.named_modules():
@@ -227,8 +221,8 @@ class SubNetwork:
         widths = widths_of(model)
         for width in kept:
             if width not in widths:
-                raise ValueError(f"the model has no width {width!r}{_near(width, widths)}")
-        return cls(model, _width_masks(model, lambda width, _: kept.get(width)), name=name)
+                raise ValueError(f"the model has no width {width!r}{near(width, widths)}")
+        return cls(model, width_masks(model, lambda width, _: kept.get(width)), name=name)
 
     def without(self, patterns: Sequence[str], *, name: str = "core") -> SubNetwork:
         """This sub-network less all parameters that a pattern matches.
@@ -248,17 +242,9 @@ class SubNetwork:
         Example:
             >>> core = SubNetwork.full(model).without(["wide.*"])
         """
-        if isinstance(patterns, str) or not patterns:
-            raise ValueError(f"patterns must be a list of patterns, got {patterns!r}")
         known = dict(self.model.named_parameters(remove_duplicate=False))
-        outside: dict[str, Mask | None] = {}
-        for pattern in patterns:
-            matching = [parameter for parameter in known if fnmatchcase(parameter, pattern)]
-            if not matching:
-                raise ValueError(
-                    f"{pattern!r} matches no parameter of the model{_near(pattern, known)}"
-                )
-            outside.update(dict.fromkeys(matching))
+        found = matching_names("patterns", patterns, known, "parameter")
+        outside: dict[str, Mask | None] = dict.fromkeys(found)
         gone = {known[parameter] for parameter in outside}
         for parameter, tensor in known.items():
             if tensor in gone and parameter not in outside:
@@ -417,84 +403,3 @@ def _reach(
     for name, child in module.named_children():
         if child not in found and name not in left_out.get(module, ()):
             _reach(child, left_out, found)
-
-
-def widths_of(model: nn.Module) -> dict[str, int]:
-    """The hidden widths that sub-networks of a model may cut, and how many neurons or channels each
-    has.
-
-    Raises:
-        TypeError: the model has no ``width_masks(kept)``.
-    """
-    found: dict[str, int] = {}
-
-    def note(name: str, total: int) -> None:
-        found[name] = total
-
-    _width_masks(model, note)
-    return found
-
-
-def _width_masks(model: nn.Module, kept: Kept) -> dict[str, Mask | None]:
-    if not hasattr(model, "width_masks"):
-        raise TypeError(
-            f"{type(model).__name__} has no width_masks(kept); name the masks yourself: "
-            "SubNetwork(model, {parameter name: mask}, name=...)"
-        )
-    return dict(model.width_masks(kept))  # pyright: ignore[reportCallIssue]
-
-
-def region(rows: Width, cols: Width = None) -> Mask:
-    """The mask of a layer's kept rows and columns."""
-    if isinstance(rows, Tensor) or isinstance(cols, Tensor):
-        ends = (torch.arange(n) if isinstance(n, int) else n for n in (rows, cols))
-        return Index(*ends)
-    return Prefix(rows, cols)
-
-
-class _Ratios:
-    """``kept(name, total)`` from ratios by pattern of the name."""
-
-    def __init__(self, ratios: Mapping[str, float], round_to: int) -> None:
-        self.ratios = ratios
-        self.round_to = round_to
-        self.names: list[str] = []
-
-    def __call__(self, name: str, total: int) -> int:
-        self.names.append(name)
-        matching = (ratio for pattern, ratio in self.ratios.items() if fnmatchcase(name, pattern))
-        return active_count(total, next(matching, 1.0), self.round_to)
-
-    def check_used(self) -> None:
-        """Raise ValueError if a pattern matched no width."""
-        for pattern in self.ratios:
-            if not any(fnmatchcase(name, pattern) for name in self.names):
-                widths = ", ".join(dict.fromkeys(self.names))
-                raise ValueError(f"{pattern!r} matches no width of the model, which has {widths}")
-
-
-def active_count(total: int, ratio: float, round_to: int = 16) -> int:
-    """How many of ``total`` a width of ``ratio`` keeps: ``ratio * total``, to a multiple of
-    ``round_to``.
-
-    Odd counts make matrix products several times slower on GPUs. Where the multiple would leave
-    nothing or, for a ratio under 1, everything, smaller multiples are tried: 8, 4, 2, 1 from 16.
-    """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
-    if round_to < 1:
-        raise ValueError(f"round_to must be >= 1, got {round_to}")
-    if ratio == 1:
-        return total
-    multiple = round_to
-    while multiple > 1:
-        count = round(total * ratio / multiple) * multiple
-        if 0 < count < total:
-            return count
-        multiple //= 2
-    return max(1, round(total * ratio))
-
-
-def _near(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

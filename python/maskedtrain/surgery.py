@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from maskedtrain.layers import LFCLinear, MaskedLinear, MaskedModule, Sum
 from maskedtrain.layers.base import row_mask
 from maskedtrain.layers.lfc import LFCInit
-from maskedtrain.patterns import kind_of, linears_of, matching
-from maskedtrain.subnetwork import SubNetwork, _Ratios
+from maskedtrain.patterns import kind_of, linears_of, matching_linears
+from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.widths import Ratios
 from partial_kernels import Block, Element, Mask, Prefix
 
 __all__ = ["Heads", "check_layer", "layerwise_sum", "leave_fast_path", "lowrank", "width"]
@@ -89,7 +90,7 @@ def width(
     """
     if not groups:
         raise ValueError("groups must name the layers of at least one width, got none")
-    kept = _Ratios(ratio if isinstance(ratio, Mapping) else {"*": ratio}, round_to)
+    kept = Ratios(ratio if isinstance(ratio, Mapping) else {"*": ratio}, round_to)
     cuts = _Cuts(model, kept)
     for group in groups:
         if isinstance(group, Heads):
@@ -230,7 +231,9 @@ def layerwise_sum(
 def _targets(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
     """The layers that one of the patterns matches, by each of their names."""
     linears = linears_of(model)
-    names = dict.fromkeys(n for pattern in patterns for n in matching(model, pattern).values())
+    names = dict.fromkeys(
+        n for pattern in patterns for n in matching_linears(model, pattern).values()
+    )
     owners: dict[Tensor, nn.Linear] = {}
     for name in names:
         layer = linears[name]
@@ -261,7 +264,7 @@ def _become(layer: nn.Linear, other: nn.Linear) -> None:
 class _Cuts:
     """How many rows and columns of which layers a narrow network keeps."""
 
-    def __init__(self, model: nn.Module, kept: _Ratios) -> None:
+    def __init__(self, model: nn.Module, kept: Ratios) -> None:
         self.model = model
         self.kept = kept
         self.linears = linears_of(model)
@@ -306,7 +309,7 @@ class _Cuts:
         """Names of the layers that belong together, in the patterns' order; with ``spare`` the last
         pattern may match others, too.
         """
-        first, *others = (matching(self.model, pattern) for pattern in patterns)
+        first, *others = (matching_linears(self.model, pattern) for pattern in patterns)
         for i, names in enumerate(others, start=1):
             lone = first.keys() - names.keys()
             if not spare or i < len(others):

@@ -13,6 +13,7 @@ from maskedtrain.benchmark import machine, timing
 from maskedtrain.commands import bench
 from maskedtrain.training.console import Console
 from partial_kernels._core import crossovers
+from partial_kernels._core.tables import device_name
 from partial_kernels._native import native_status
 
 
@@ -21,7 +22,6 @@ def without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # Steps are not repeated until the clock can tell them apart.
     monkeypatch.setattr(timing, "SHORTEST", 0.0)
-    monkeypatch.setattr(machine, "keep_memory", lambda: None)
     monkeypatch.setattr(machine, "rates", lambda *_: machine.Rates(2e11, 3e10))
     monkeypatch.setattr("maskedtrain.benchmark.rows.rates", lambda *_: machine.Rates(2e11, 3e10))
 
@@ -111,9 +111,9 @@ def test_tuning_keeps_crossovers_for_the_user(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr("maskedtrain.benchmark.crossings._speedup", lambda *_: 0.5)
     run("--tune", "--families", "topk")
-    crossovers._table.cache_clear()
-    file = crossovers.user_file(torch.device("cpu"))
-    assert crossovers.read(file) == {"topk native float32": 0.0}
+    crossovers.TABLES.forget()
+    file = crossovers.TABLES.user_file(device_name(torch.device("cpu")))
+    assert crossovers.TABLES.read(file) == {"topk native float32": 0.0}
     out = capsys.readouterr().out
     assert "topk native float32" in out and f"1 crossovers in {file}" in out
 
@@ -125,7 +125,7 @@ def test_on_a_gpu_tiles_alone_are_something_to_tune(
     seen: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.discovery, "unavailable", dict)
-    monkeypatch.setattr(bench, "_tune_tiles", lambda families, _: seen.append(families))
+    monkeypatch.setattr(bench, "_tune_tiles", lambda families, *_: seen.append(families))
     with nullcontext() if tuned else pytest.raises(RuntimeError, match="finds nothing to choose"):
         run("--tune", "--families", families)
     assert seen == ([[families]] if tuned else [])

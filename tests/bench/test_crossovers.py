@@ -11,28 +11,34 @@ import torch
 import partial_kernels as pk
 from maskedtrain.benchmark.crossings import crossing, crossings, tune
 from maskedtrain.commands import doctor
-from partial_kernels._core import crossovers, discovery
+from partial_kernels._core import discovery
 from partial_kernels._core.contest import Step
-from partial_kernels._core.crossovers import Crossing, crossover, read, user_file, write
+from partial_kernels._core.crossovers import TABLES, Crossing, crossover
 from partial_kernels._core.ops import Choice
+from partial_kernels._core.tables import device_name
 from partial_kernels._native import native_status
 
 CPU = torch.device("cpu")
+read, write = TABLES.read, TABLES.write
 needs_library = pytest.mark.skipif(
     native_status().info is None, reason="needs the compiled library"
 )
 
 
+def user_file(device: torch.device) -> Path:
+    return TABLES.user_file(device_name(device))
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    crossovers._table.cache_clear()
+    TABLES.forget()
 
 
 @pytest.fixture(autouse=True)
 def forget() -> object:
     yield
-    crossovers._table.cache_clear()
+    TABLES.forget()
 
 
 def test_a_table_comes_back(tmp_path: Path):
@@ -49,7 +55,7 @@ def test_a_table_comes_back(tmp_path: Path):
 def test_the_users_table_comes_before_the_shipped_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(crossovers, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(TABLES, "shipped", tmp_path / "shipped")
     write(tmp_path / "shipped" / user_file(CPU).name, {"a": 0.1, "b": 0.2})
     write(user_file(CPU), {"b": 0.3})
     assert [crossover(key, CPU, 0.9) for key in ("a", "b", "c")] == [0.1, 0.3, 0.9]
@@ -66,7 +72,7 @@ def test_another_number_of_threads_has_another_table(monkeypatch: pytest.MonkeyP
     [
         ("{", "Expecting"),
         ("[1]", "it is no JSON object"),
-        ('{"a": 1.5}', r"'a' must be in \[0, 1\], got 1.5"),
+        ('{"a": 1.5}', r"'a': must be in \[0, 1\], got 1.5"),
         ('{"a": true}', "got True"),
         ('{"a": null}', "got None"),
         ('{"a": NaN}', "got nan"),

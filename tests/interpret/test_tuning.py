@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from partial_kernels._core import tiles
-from partial_kernels._core.tiles import Tile, choosing
+from partial_kernels._core import tables, tiles
+from partial_kernels._core.tiles import TABLES, Tile, choosing
 from partial_kernels._core.tuning import tune
 from partial_kernels.masks import Index
 from partial_kernels.submatrix import cases, kernels
@@ -49,12 +49,12 @@ def test_the_fastest_of_each_key_is_kept(tmp_path: Path) -> None:
     assert all(best < default for _, default, best in told)
     # What is known is not timed again.
     assert list(tune(step, candidates, seconds, found)) == []
-    file = tmp_path / "folder" / tiles.device_file("NVIDIA H200")
-    tiles.write(file, found)
+    file = tmp_path / "folder" / TABLES.user_file("NVIDIA H200").name
+    TABLES.write(file, found)
     assert file.name == "nvidia-h200.json"
-    assert tiles.read(file) == found
-    tiles.write(file, {"other": BEST})
-    assert tiles.read(file) == {**found, "other": BEST}
+    assert TABLES.read(file) == found
+    TABLES.write(file, {"other": BEST})
+    assert TABLES.read(file) == {**found, "other": BEST}
 
 
 def test_what_cannot_run_is_passed_over() -> None:
@@ -77,28 +77,29 @@ def test_what_is_no_table_is_an_error(contents: str, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     file.write_text(contents)
     with pytest.raises(ValueError, match=r"table\.json is no table of tiles"):
-        tiles.read(file)
+        TABLES.read(file)
 
 
 def test_tables_of_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The user's come before the shipped ones, and both before the default."""
     shipped, own = tmp_path / "shipped", tmp_path / "config"
-    monkeypatch.setattr(tiles, "SHIPPED", shipped)
+    monkeypatch.setattr(TABLES, "shipped", shipped)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(own))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     first, second = (Tile({"BM": size}, 4, 3) for size in (16, 32))
     for folder, keys in ((shipped, "ab"), (own / "maskedtrain" / "tiles", "bc")):
         folder.mkdir(parents=True)
         tile = first if folder == shipped else second
-        tiles.write(folder / "some-gpu.json", {f"kernel {key}": tile for key in keys})
+        TABLES.write(folder / "some-gpu.json", {f"kernel {key}": tile for key in keys})
     device = torch.device("cuda")
     default = Tile({"BM": 64}, 4, 3)
     chosen = [tiles.tuned("kernel", key, device, default) for key in "abcd"]
     assert chosen == [first, second, second, default]
-    tiles._table.cache_clear()
+    TABLES.forget()
+    tables._gpu_name.cache_clear()
 
 
 def test_shipped_tables_can_be_read() -> None:
-    for file in tiles.SHIPPED.glob("*.json"):
+    for file in TABLES.shipped.glob("*.json"):
         json.loads(file.read_text())
-        assert tiles.read(file)
+        assert TABLES.read(file)

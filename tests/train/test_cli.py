@@ -22,7 +22,6 @@ from torch import Tensor
 
 import partial_kernels as pk
 from maskedtrain import cli, methods
-from maskedtrain.benchmark import machine
 from maskedtrain.commands import _demos
 from maskedtrain.presets import PRESETS
 from maskedtrain.training import checkpoint
@@ -478,11 +477,7 @@ def test_two_steps_on_cifar10(tmp_path: Path, tables: list[list[ResultRow]]):
     assert [(row.network, row.iterations) for row in tables[0]] == [("full", 1), ("core", 1)]
 
 
-def test_bench_times_the_families_that_were_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    # Else freed memory would stay with the process, whose tests measure theirs.
-    monkeypatch.setattr(machine, "keep_memory", lambda: None)
+def test_bench_times_the_families_that_were_named(capsys: pytest.CaptureFixture[str]):
     cli.main(["bench", "--quick", "--families", "stats"])
     lines = capsys.readouterr().out.splitlines()
     assert "Kernels without a layer" in lines

@@ -15,7 +15,8 @@ from maskedtrain.data.digits import Config as DigitsConfig
 from maskedtrain.methods.standard import Config as StandardConfig
 from maskedtrain.models.mlp import Config as MLPConfig
 from maskedtrain.training.console import Console
-from maskedtrain.training.run import Run, train
+from maskedtrain.training.run import Run
+from maskedtrain.training.train import train
 
 CONFIG = TrainConfig(
     DigitsConfig(image_size=8),

@@ -244,7 +244,7 @@ class Merged(nn.Module):
         self.step = MaskedLinear(4, 4)
 
     def width_masks(self, kept: Any) -> Any:
-        from maskedtrain.subnetwork import region
+        from maskedtrain.widths import region
 
         rows = kept("state", 4)
         return {"step.weight": region(rows, rows)}

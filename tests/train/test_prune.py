@@ -271,11 +271,11 @@ def recurrent() -> nn.Module:
         ({"layers": "hidden.0"}, "layers must be a list of patterns, got 'hidden.0'"),
         (
             {"layers": ["hiden.*"]},
-            r"layers: 'hiden.\*' matches no module .* these are hidden.0, hidden.1, output$",
+            r"layers: 'hiden.\*' matches no module .* which has hidden.0, hidden.1, output$",
         ),
         ({"exclude": ["dropout"]}, "exclude: 'dropout' matches no module"),
         ({"exclude": ["*"]}, r"layers \['\*'\] without \['\*'\] leave nothing to prune"),
-        ({"layers": []}, "leave nothing to prune"),
+        ({"layers": []}, r"layers must be a list of patterns, got \[\]"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 import partial_kernels as pk
 from maskedtrain import MaskedLinear, SubNetwork, cli
-from maskedtrain.benchmark import machine
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text()
@@ -67,8 +66,6 @@ def test_the_commands_make_what_plain_torch_loads(
         *("doctor", "train", "train", "train", "eval", "extract", "train", "train"),
         *("reproduce", "reproduce", "bench"),
     ]
-    # Else freed memory would stay with the process, whose tests measure theirs.
-    monkeypatch.setattr(machine, "keep_memory", lambda: None)
     for command in COMMANDS:
         if any("path/to/" in argument for argument in command):
             # There are no such data here; every option is right, then.

@@ -31,7 +31,7 @@ from maskedtrain.reproduce.tables import Entry, Sample, Scale, Table, beats, rea
 from maskedtrain.reproduce.trainings import FORMAT, Figure, Place, Training
 from maskedtrain.training.console import Console, format_count, format_duration
 from maskedtrain.training.loop import Trainer
-from maskedtrain.training.run import train
+from maskedtrain.training.train import train
 
 ALL = [
     pytest.param(table, id=f"{scale}: {table.title}")
@@ -392,6 +392,19 @@ def test_every_cell_of_a_report_is_that_of_the_runs(name: str, tmp_path: Path):
     assert [row for row in cells if row[0] != "---"] == [*shown, *runs]
 
 
+def test_further_seeds_count_where_they_are_there(tmp_path: Path):
+    table = tables()["table3"]().tables("cpu")[0]
+    (tmp_path / "results").mkdir()
+    # The last training of the last seed is missing.
+    assert list(made_up(table, range(3), tmp_path))
+    found = report.collect("command", [table], [], range(1), Store(tmp_path))
+    counts = {(row[0], row[1]): row[3] for row in found.sections[0].rows}
+    assert set(counts.values()) == {"2", "3"}
+    assert counts["slimmable", "full"] == "2"
+    assert {run.state for run in found.runs} == {"done"}
+    assert len(found.runs) == len(table.trainings(range(3))) - 1
+
+
 def test_a_report_needs_no_other_file(tmp_path: Path):
     pytest.importorskip("matplotlib")
     table = tables()["table3"]().tables("cpu")[0]
@@ -457,6 +470,20 @@ def test_the_command_makes_a_report_of_what_is_there(tmp_path: Path, capsys: Any
     assert "[holds] ATS: an epoch takes 31.3 T FLOPs" in output
     assert re.search(r"^ATS +core +– +– +93.94 ", output, re.MULTILINE)
     assert (tmp_path / "report.html").exists()
+
+
+def test_rows_are_chosen_by_their_training(tmp_path: Path, capsys: Any):
+    command = ["reproduce", "table1", "--report-only", "--out", str(tmp_path)]
+    cli.main([*command, "--rows", "core*1/32", "ATS, r = 1/32"])
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    rows = [("core alone, r = 1/32", "core"), ("ATS, r = 1/32", "core"), ("ATS, r = 1/32", "full")]
+    assert [tuple(row[:2]) for row in page.tables[0][1:]] == rows
+    assert len(page.tables[1]) == 1 + 2 * 3
+    assert "--seeds 3 --rows 'core*1/32' 'ATS, r = 1/32'" in page.text
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--rows", "SGD*"])
+    error = capsys.readouterr().err
+    assert "rows: 'SGD*' matches no row of the plan, which has full network alone, " in error
 
 
 @pytest.fixture

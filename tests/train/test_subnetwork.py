@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import partial_kernels as pk
 from maskedtrain import SubNetwork, SwitchNorm
 from maskedtrain.models import MLP, Transformer, resnet8
-from maskedtrain.subnetwork import active_count, widths_of
+from maskedtrain.widths import active_count, widths_of
 from tests.train.toolbox import (
     TOKENS,
     Tied,

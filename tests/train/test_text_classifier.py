@@ -17,7 +17,7 @@ from maskedtrain.methods import ATS
 from maskedtrain.models import TextClassifier
 from maskedtrain.models.text_classifier import Config
 from maskedtrain.optim import MaskedAdamW
-from maskedtrain.subnetwork import widths_of
+from maskedtrain.widths import widths_of
 from tests.train.toolbox import assert_equal, snapshot
 
 VOCABULARY, CLASSES = 30, 3

@@ -12,7 +12,8 @@ import torch
 from maskedtrain.benchmark.rows import measured
 from partial_kernels._core import discovery
 from partial_kernels._core.contest import Step
-from partial_kernels._core.crossovers import Crossing, user_file, write
+from partial_kernels._core.crossovers import TABLES, Crossing
+from partial_kernels._core.tables import device_name
 
 __all__ = ["Speedup", "crossing", "crossings", "tune"]
 
@@ -47,7 +48,7 @@ def tune(
     for item in wanted:
         speedups = {density: measure(*item.steps(density)) for density in item.densities}
         found = crossing(speedups)
-        write(user_file(device), {item.key: found})
+        TABLES.write(TABLES.user_file(device_name(device)), {item.key: found})
         yield item.key, found, speedups
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,13 +14,11 @@ import torch
 
 import partial_kernels as pk
 from maskedtrain.benchmark.timing import timed_on
-from partial_kernels._core.crossovers import device_name, processor
-from partial_kernels._core.tiles import slug
+from partial_kernels._core.tables import device_name, processor, slug
 from partial_kernels._native import cuda_status, native_status
 
-__all__ = ["Rates", "description", "device", "keep_memory", "measure", "processor", "rates"]
+__all__ = ["Rates", "description", "device", "measure", "processor", "rates"]
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 CPU = torch.device("cpu")
 # Seconds of work after which a GPU's clocks have settled.
 _SETTLED_S = 1.0
@@ -78,15 +74,6 @@ def measure(
     gemm = min(timed(lambda: torch.mm(a, b, out=product)) for _ in range(calls))
     copy = min(timed(lambda: target.copy_(source)) for _ in range(calls))
     return Rates(2 * size**3 / gemm, 2 * source.nbytes / copy)
-
-
-def keep_memory() -> None:
-    """Have malloc keep freed memory: whose turn it is to fault pages in decides no ratio then."""
-    # Linux with glibc; elsewhere the allocator is as it is.
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def device(on: torch.device = CPU) -> str:

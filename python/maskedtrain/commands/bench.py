@@ -19,9 +19,9 @@ from maskedtrain.benchmark.training import EXPERIMENTS
 from maskedtrain.commands._options import parse
 from maskedtrain.config import unknown_name
 from maskedtrain.training.console import Console
-from partial_kernels._core import discovery, tiles
+from partial_kernels._core import crossovers, discovery, tiles
 from partial_kernels._core.contest import Step
-from partial_kernels._core.crossovers import device_name, user_file
+from partial_kernels._core.tables import device_name
 from partial_kernels._core.tiles import Tile
 from partial_kernels._core.tuning import tune
 
@@ -94,7 +94,6 @@ def main(arguments: Sequence[str], console: Console) -> None:
             f"shapes, with {layers.share:.0%} of the parameters; {layers.small} smaller ones are "
             "left out"
         )
-    machine.keep_memory()
     found = suite.run(plan, console, _as_json(options), options.model)
     name = device_name(device) + (" threads" if device.type == "cpu" else "")
     rates = machine.rates(device, plan.dtype)
@@ -157,23 +156,23 @@ def _tune(families: Sequence[str], device: torch.device, console: Console) -> No
             f"--tune finds nothing to choose: {', '.join(families)} have no kernels on "
             f"{device.type} whose time goes with the density, or with tiles"
         )
-    machine.keep_memory()
     if tiled:
-        _tune_tiles(tiled, console)
+        _tune_tiles(tiled, device, console)
     for key, density, speedups in crossings.tune(wanted, device):
         shown = "  ".join(f"{d:.3g}: {speedup:.2g}x" for d, speedup in speedups.items())
         console.print(f"{key:<34} up to a density of {density:.3f}   ({shown})")
     if wanted:
-        console.print(f"{len(wanted)} crossovers in {user_file(device)}")
+        file = crossovers.TABLES.user_file(device_name(device))
+        console.print(f"{len(wanted)} crossovers in {file}")
 
 
-def _tune_tiles(families: Sequence[str], console: Console) -> None:
+def _tune_tiles(families: Sequence[str], device: torch.device, console: Console) -> None:
     from triton.testing import do_bench  # only where there are tiles to choose
 
     def seconds(step: Callable[[], object]) -> float:
         return cast("float", do_bench(step, warmup=5, rep=30, return_mode="median")) / 1e3
 
-    file = tiles.user_folder() / tiles.device_file(torch.cuda.get_device_name())
+    file = tiles.TABLES.user_file(device_name(device))
     found: dict[str, Tile] = {}
     for name, module in discovery.cases():
         if name not in families:
@@ -185,5 +184,5 @@ def _tune_tiles(families: Sequence[str], console: Console) -> None:
                 gain = f"{default / best:.2f} times as fast" if key in found else "the default"
                 console.print(f"{key:<56} {1e3 * best:8.3f} ms   {gain}")
                 # After each: what a run had when it was stopped is kept.
-                tiles.write(file, found)
+                tiles.TABLES.write(file, found)
     console.print(f"{len(found)} tiles in {file}")

@@ -18,8 +18,9 @@ from maskedtrain.files import atomic_write
 from maskedtrain.training.console import Console, ResultRow, results_markdown
 from maskedtrain.training.export import save_program
 from maskedtrain.training.metrics import plot_comparison
-from maskedtrain.training.run import Results, Run, train
+from maskedtrain.training.run import Run
 from maskedtrain.training.signals import Interrupted
+from maskedtrain.training.train import Results, train
 
 
 @dataclass(frozen=True)

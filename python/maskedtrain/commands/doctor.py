@@ -15,6 +15,7 @@ import partial_kernels as pk
 from maskedtrain.commands._options import parse
 from maskedtrain.training.console import Console
 from partial_kernels._core import crossovers, discovery
+from partial_kernels._core.tables import device_name
 from partial_kernels._core.testing import assert_within_budget, assert_zero_outside
 from partial_kernels._native import cuda_status, native_status
 
@@ -60,9 +61,9 @@ def _devices() -> list[torch.device]:
 
 def _crossovers(device: torch.device) -> str:
     """Which tables say where the dense product is faster there; one that is damaged is an error."""
-    files = crossovers.tables(device)
+    files = crossovers.TABLES.files(device_name(device))
     for file in files:
-        crossovers.read(file)
+        crossovers.TABLES.read(file)
     return f"{device}: {', '.join(map(str, files)) or 'as shipped'}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from maskedtrain import reproduce
 from maskedtrain.commands._options import parse
 from maskedtrain.config import unknown_name
 from maskedtrain.data._files import find_root
+from maskedtrain.patterns import matching_names
 from maskedtrain.reproduce import report
 from maskedtrain.reproduce.base import FigureConfig, Section, summary
 from maskedtrain.reproduce.plan import Piece, Store, execute
-from maskedtrain.reproduce.tables import Scale
+from maskedtrain.reproduce.tables import Scale, Table
 from maskedtrain.reproduce.trainings import Figure, Place
 from maskedtrain.training.console import Console
 from maskedtrain.training.signals import Interrupted
@@ -38,7 +40,9 @@ class Options:
     """cpu: small networks, an hour or so on two cores; gpu: larger ones, for an hour on one GPU;
     paper: those of the paper, on IWSLT14, WMT17 and CIFAR-10."""
     seeds: int = 3
-    """Repeat with so many seeds."""
+    """Repeat with so many seeds. A report is of further ones, too, where there are results."""
+    rows: tuple[str, ...] = ()
+    """Only rows whose training one of these patterns matches, such as "*1/32*"."""
     out: Path = Path("runs/reproduce")
     """Folder of the results and the report; it may hold results of other tables and scales."""
     data: Path | None = None
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str], console: Console) -> None:
 
 def _reproduce_tables(name: str, options: Options, console: Console) -> None:
     configs = [config() for key, config in reproduce.tables().items() if name in (key, ALL)]
-    chosen = [table for config in configs for table in config.tables(options.scale)]
+    chosen = _rows_of([t for c in configs for t in c.tables(options.scale)], options.rows)
     counted = [section for config in configs for section in config.counted()]
     figures = [Figure(_figure(key, options)) for key in (FIGURES if name == ALL else ())]
     place = Place(options.data, options.device, options.threads)
@@ -91,6 +95,8 @@ def _reproduce_tables(name: str, options: Options, console: Console) -> None:
     pieces = list(unique.values())
     store = Store(options.out, keep_work=options.keep_runs)
     title = f"maskedtrain reproduce {name} --scale {options.scale} --seeds {options.seeds}"
+    if options.rows:
+        title += f" --rows {shlex.join(options.rows)}"
 
     def write_report() -> report.Report:
         found = report.collect(title, chosen, figures, seeds, store, counted=counted)
@@ -110,6 +116,19 @@ def _reproduce_tables(name: str, options: Options, console: Console) -> None:
     if failures:
         first, reason = next(iter(failures.items()))
         raise RuntimeError(f"{len(failures)} of {len(pieces)} runs failed: {first}: {reason}")
+
+
+def _rows_of(tables: Sequence[Table], patterns: Sequence[str]) -> list[Table]:
+    """The tables with the rows that a pattern matches."""
+    if not patterns:
+        return list(tables)
+    methods = dict.fromkeys(entry.method for table in tables for entry in table.entries)
+    wanted = matching_names("rows", patterns, methods, "row", of="the plan")
+    found = [
+        replace(table, entries=tuple(e for e in table.entries if e.method in wanted))
+        for table in tables
+    ]
+    return [table for table in found if table.entries]
 
 
 def _show(section: Section, console: Console) -> None:

@@ -13,7 +13,8 @@ from maskedtrain.commands._options import parse, take
 from maskedtrain.config import NEUTRAL, TrainConfig, to_dict, unknown_name
 from maskedtrain.presets import PRESETS, preset
 from maskedtrain.training.console import Console
-from maskedtrain.training.run import read_config, train
+from maskedtrain.training.run import read_config
+from maskedtrain.training.train import train
 
 # Parts of the configuration that are chosen by name, by their flags.
 _PARTS: dict[str, tuple[str, Callable[[], Mapping[str, Callable[[], Any]]]]] = {

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from maskedtrain.layers import MaskedModule
 from maskedtrain.methods._draws import seeded
-from maskedtrain.methods._matching import matching
 from maskedtrain.methods._neurons import neurons_of
+from maskedtrain.patterns import matching_names
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = ["Dealer"]
@@ -57,11 +57,11 @@ class Dealer:
         self.widths: dict[str, int] = {}
         if widths:
             neurons = neurons_of(model)
-            chosen = matching("widths", widths, neurons, "width of neurons")
+            chosen = matching_names("widths", widths, neurons, "width of neurons")
             self.widths = {width: neurons[width].total for width in chosen}
         known = dict(_droppable(model))
         self.blocks = (
-            matching("blocks", blocks, known, "block that can be left out") if blocks else []
+            matching_names("blocks", blocks, known, "block that can be left out") if blocks else []
         )
         for width, total in self.widths.items():
             if total < workers:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from maskedtrain.subnetwork import SubNetwork, widths_of
+from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.widths import widths_of
 from partial_kernels import Index
 
 __all__ = ["Neurons", "neurons_of"]

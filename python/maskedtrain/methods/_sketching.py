@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from maskedtrain.layers import MaskedConv2d, MaskedLinear, SwitchNorm, TopKLinear
 from maskedtrain.layers.topk import kept_count
 from maskedtrain.methods._draws import scaled, seeded
-from maskedtrain.methods._matching import matching
 from maskedtrain.methods._neurons import neurons_of
 from maskedtrain.methods.largest import only as only_these
+from maskedtrain.patterns import matching_names
 from maskedtrain.subnetwork import SubNetwork
 from partial_kernels import Element, Full, Index, Mask
 
@@ -230,14 +230,14 @@ class Sketcher:
             neurons = neurons_of(model)
             self._totals = {
                 width: neurons[width].total
-                for width in matching("only", sketch.only, neurons, "width of neurons")
+                for width in matching_names("only", sketch.only, neurons, "width of neurons")
             }
             self.scales = self._neuron_scales()
         else:
             own = set(self._parameters)
             names = model.named_parameters(remove_duplicate=False)
             named = {n: parameter for n, parameter in names if parameter in own}
-            chosen = {named[n] for n in matching("only", sketch.only, named, "parameter")}
+            chosen = {named[n] for n in matching_names("only", sketch.only, named, "parameter")}
             self._elements = [p for p in self._parameters if p in chosen]
             self._size = sum(parameter.numel() for parameter in self._elements)
             self.scales = dict.fromkeys(self._elements, 1 / sketch.chance(self._size))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from maskedtrain.layers import MaskedConv2d, MaskedLinear
 from maskedtrain.methods._draws import scaled, seeded
-from maskedtrain.methods._matching import matching
 from maskedtrain.methods._neurons import neurons_of
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
-from maskedtrain.subnetwork import SubNetwork, active_count
+from maskedtrain.patterns import matching_names
+from maskedtrain.subnetwork import SubNetwork
+from maskedtrain.widths import active_count
 from partial_kernels import Element
 
 __all__ = ["Config", "Count", "Drop", "ElementDropout", "NeuronDropout"]
@@ -89,7 +90,7 @@ class NeuronDropout(_Dropout):
             and one of a width where that leaves none; its steps are charged for ``keep`` of each
             width.
         round_to: an exact number becomes a multiple of it where the width allows (see
-            ``maskedtrain.subnetwork.active_count``).
+            ``maskedtrain.widths.active_count``).
         rescale: multiply the inputs of the layers that take the neurons by ``total / kept`` (by
             ``1 / keep`` where it is not exact), as ``nn.Dropout`` does, so that what they compute
             is right on average (of "bernoulli", but for draws that would have left none) and the
@@ -121,7 +122,7 @@ class NeuronDropout(_Dropout):
     ) -> None:
         _check(keep, count, round_to)
         neurons = neurons_of(model)
-        chosen = matching("widths", widths, neurons, "width of neurons")
+        chosen = matching_names("widths", widths, neurons, "width of neurons")
         self.keep, self.exact = keep, count == "exact"
         self._totals = {width: neurons[width].total for width in chosen}
         multiple = round_to if self.exact else 1
@@ -201,7 +202,9 @@ class ElementDropout(_Dropout):
             for name, module in model.named_modules(remove_duplicate=False)
             if type(module) in _LAYERS and "weight" in module._parameters
         }
-        names = matching("weights", weights, layers, "weight of a linear or convolutional layer")
+        names = matching_names(
+            "weights", weights, layers, "weight of a linear or convolutional layer"
+        )
         self.keep = keep
         self._weights = {name: model.get_parameter(name) for name in names}
         drawn = set(self._weights.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
 from maskedtrain.methods.fisher import Kind, fisher_scores, single_examples
 from maskedtrain.methods.largest import largest, only
 from maskedtrain.optim.base import MaskedOptimizer
-from maskedtrain.patterns import linears_of
+from maskedtrain.patterns import linears_of, matching_names
 from maskedtrain.subnetwork import SubNetwork
 from partial_kernels import Full, Mask, Packed
 
@@ -201,26 +200,21 @@ class FishMask(Method):
 
 def _head(model: nn.Module, patterns: Sequence[str] | None) -> set[nn.Parameter]:
     """The trained parameters of the head."""
-    if isinstance(patterns, str):
-        raise ValueError(f"head must be a list of patterns, got {patterns!r}")
     if patterns is None:
         linears = list(linears_of(model))
         if not linears:
             raise ValueError("the model has no linear layer to be its head; name one")
         patterns = linears[-1:]
-    found: set[nn.Parameter] = set()
-    for pattern in patterns:
-        matched = {
-            parameter
-            for name, module in model.named_modules(remove_duplicate=False)
-            if name and fnmatchcase(name, pattern)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        }
-        if not matched:
-            raise ValueError(f"head: {pattern!r} matches no module with a trained parameter")
-        found |= matched
-    return found
+    if not patterns:
+        return set()
+    trained = {
+        name: [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name
+    }
+    names = [name for name, parameters in trained.items() if parameters]
+    found = matching_names("head", patterns, names, "module with a trained parameter")
+    return {parameter for name in found for parameter in trained[name]}
 
 
 def _places(model: nn.Module, names: Mapping[nn.Parameter, str]) -> dict[str, list[Place]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
+from maskedtrain.patterns import matching_names
 from maskedtrain.subnetwork import SubNetwork
 
 __all__ = ["Config", "LayerFreeze"]
@@ -67,10 +67,8 @@ class LayerFreeze(Method):
 def _trained(model: nn.Module, patterns: Sequence[str]) -> SubNetwork:
     """The parameters that a pattern matches."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{pattern!r} matches no parameter of the model")
-    outside = {name: None for name in names if not any(fnmatchcase(name, p) for p in patterns)}
+    trained = set(matching_names("stages", patterns, names, "parameter"))
+    outside = {name: None for name in names if name not in trained}
     return SubNetwork(model, outside, name="+".join(patterns))
 
 

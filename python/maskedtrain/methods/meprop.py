@@ -14,7 +14,7 @@ from maskedtrain.layers import MaskedLinear, TopKLinear
 from maskedtrain.layers.topk import BiasGrad, Per, WeightGrad, kept_count
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
 from maskedtrain.methods.largest import largest, only
-from maskedtrain.patterns import kind_of, linears_of, matching
+from maskedtrain.patterns import kind_of, linears_of, matching_linears
 from maskedtrain.subnetwork import SubNetwork
 from maskedtrain.surgery import check_layer, leave_fast_path
 from partial_kernels import Index
@@ -129,9 +129,9 @@ def chosen_layers(
     if exclude is None:
         stay = list(linears)[-1:]
     else:
-        stay = [name for pattern in exclude for name in matching(model, pattern).values()]
+        stay = [name for pattern in exclude for name in matching_linears(model, pattern).values()]
     kept = {linears[name] for name in stay}
-    names = [name for pattern in patterns for name in matching(model, pattern).values()]
+    names = [name for pattern in patterns for name in matching_linears(model, pattern).values()]
     found = {linears[name]: name for name in names if linears[name] not in kept}
     plain = {
         layer: name

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from maskedtrain.methods.base import Method, MethodConfig, Pass, Plan
 from maskedtrain.methods.largest import largest
+from maskedtrain.patterns import matching_names
 from maskedtrain.subnetwork import SubNetwork
 from partial_kernels import Element, Mask
 
@@ -185,20 +185,15 @@ def _prunable(
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad and parameter.ndim >= 2
     ]
-    matched: dict[str, set[nn.Parameter]] = {}
-    for option, patterns in (("layers", layers), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{option} must be a list of patterns, got {patterns!r}")
-        matched[option] = set()
-        for pattern in patterns:
-            found = {parameter for layer, parameter in named if fnmatchcase(layer, pattern)}
-            if not found:
-                raise ValueError(
-                    f"{option}: {pattern!r} matches no module with a trained parameter of two "
-                    f"dimensions or more; these are {', '.join(dict(named)) or 'none'}"
-                )
-            matched[option] |= found
-    chosen = matched["layers"] - matched["exclude"]
+    what = "module with a trained parameter of two dimensions or more"
+
+    def matched(option: str, patterns: Sequence[str]) -> set[nn.Parameter]:
+        names = set(matching_names(option, patterns, dict(named), what))
+        return {parameter for layer, parameter in named if layer in names}
+
+    chosen = matched("layers", layers)
+    if exclude:
+        chosen -= matched("exclude", exclude)
     if not chosen:
         raise ValueError(f"layers {list(layers)} without {list(exclude)} leave nothing to prune")
     # In the model's order, which settles ties.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskedtrain.data.vocabulary import PAD
 from maskedtrain.layers import LFCLinear
-from maskedtrain.subnetwork import Kept, region
+from maskedtrain.widths import Kept, region
 from partial_kernels import Full, Index, Mask
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maskedtrain.layers import MaskedLinear
 from maskedtrain.models.base import ModelConfig
-from maskedtrain.subnetwork import Kept, region
+from maskedtrain.widths import Kept, region
 from partial_kernels import Mask
 
 __all__ = ["MLP", "Config"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskedtrain.layers import MaskedConv2d, MaskedLinear, MaskedModule, SwitchNorm
 from maskedtrain.layers.base import Copier
 from maskedtrain.models.base import ModelConfig
-from maskedtrain.subnetwork import Kept, Width, region
+from maskedtrain.widths import Kept, Width, region
 from partial_kernels import Mask
 
 __all__ = [

@@ -23,7 +23,7 @@ from maskedtrain.models._transformer_layers import (
 )
 from maskedtrain.models.base import ModelConfig
 from maskedtrain.models.mlp import MLP
-from maskedtrain.subnetwork import Kept
+from maskedtrain.widths import Kept
 from partial_kernels import Mask
 
 __all__ = ["Config", "TextClassifier", "TextModelConfig"]

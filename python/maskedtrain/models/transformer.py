@@ -24,7 +24,7 @@ from maskedtrain.models._transformer_layers import (
     width_masks,
 )
 from maskedtrain.models.base import ModelConfig
-from maskedtrain.subnetwork import Kept
+from maskedtrain.widths import Kept
 from partial_kernels import Mask
 
 __all__ = ["Config", "Transformer"]

@@ -12,7 +12,7 @@ from torch import nn
 from maskedtrain.layers import MaskedLinear, Sum
 from maskedtrain.models.base import ModelConfig
 from maskedtrain.models.mlp import MLP
-from maskedtrain.subnetwork import Kept
+from maskedtrain.widths import Kept
 from partial_kernels import Mask
 
 __all__ = ["Config", "WideDeep"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -118,14 +119,32 @@ def collect(
     *,
     counted: Sequence[Section] = (),
 ) -> Report:
-    """The report of the results that are there, and what was counted without a run."""
+    """The report of the results that are there, those of further seeds too, and of what was counted
+    without a run.
+    """
     pieces: dict[str, Training | Figure] = {}
-    for piece in (t for table in tables for t in table.trainings(seeds)):
-        pieces.setdefault(piece.id, piece)
-    pieces |= {figure.id: figure for figure in figures}
-    results = {
-        id: result for id, piece in pieces.items() if (result := store.result(piece)) is not None
-    }
+    results: dict[str, Result] = {}
+
+    def add(piece: Training | Figure, *, further: bool = False) -> bool:
+        """Whether there is a result; without one a piece of a further seed is not missed."""
+        result = store.result(piece)
+        if result is not None:
+            results[piece.id] = result
+        if result is not None or not further:
+            pieces.setdefault(piece.id, piece)
+        return result is not None
+
+    for table in tables:
+        for training in table.trainings(seeds):
+            add(training)
+    seeds = list(seeds)
+    for seed in itertools.count(len(seeds)):
+        found = [add(t, further=True) for table in tables for t in table.trainings([seed])]
+        if not any(found):
+            break
+        seeds.append(seed)
+    for figure in figures:
+        add(figure)
     sections = [*(_table(table, seeds, results) for table in tables), *counted]
     sections += [_figure(figure, results.get(figure.id)) for figure in figures]
     runs = [_run(piece, results.get(id), store) for id, piece in pieces.items()]

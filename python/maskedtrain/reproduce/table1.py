@@ -56,5 +56,6 @@ class Config(TableConfig):
                 ratios=[_IWSLT14[4], _IWSLT14[32]],
                 standard=_IWSLT14_STANDARD,
                 adapt=small if scale == "cpu" else large,
+                twice=[_IWSLT14[32]] if scale == "cpu" else [],
             )
         ]

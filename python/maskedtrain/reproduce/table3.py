@@ -21,6 +21,7 @@ from maskedtrain.reproduce.tables import (
     Scale,
     Table,
     TableConfig,
+    longer,
     reaches,
 )
 
@@ -44,7 +45,7 @@ class Config(TableConfig):
         if scale == "cpu":
             return [
                 _table("Table 3, digits, ResNet-8", "digits-resnet8", lambda config: config),
-                _table("Table 3, CIFAR-10, ResNet-8", "cifar10-resnet18", _small),
+                _table("Table 3, CIFAR-10, ResNet-8", "cifar10-resnet18", _small, twice=True),
             ]
         adapt = partial(_fast, epochs=20.0 if scale == "gpu" else 200.0)
         return [_table("Table 3, CIFAR-10, ResNet-18", "cifar10-resnet18", adapt, same=True)]
@@ -89,35 +90,40 @@ def _table(
     adapt: Callable[[TrainConfig], TrainConfig],
     *,
     same: bool = False,
+    twice: bool = False,
 ) -> Table:
+    """``twice``: ATS for slimmable training's FLOPs, too."""
+
     def entry(key: str, method: str, network: str, row: str, paper: float | None) -> Entry:
         name = f"{preset_name}-{row}"
         quoted = None if paper is None else Quoted(paper)
         return Entry(key, method, network, name, adapt(preset(name)), quoted)  # pyright: ignore[reportArgumentType]
 
-    entries = (
+    entries = [
         entry("core alone", "core alone", "core", "core", None),
         entry("full alone", "full network alone", "full", "full", None),
         entry("core ATS", "ATS", "core", "ats", 93.94),
         entry("full ATS", "ATS", "full", "ats", 95.05),
         entry("core slimmable", "slimmable", "core", "slimmable", 93.99),
         entry("full slimmable", "slimmable", "full", "slimmable", 94.72),
-    )
-    return Table(title, _BESIDE, "accuracy", entries, _judge, same=same)
+    ]
+    if twice:
+        entries += [
+            longer(entry("twice core", "ATS", "core", "ats", None)),
+            longer(entry("twice full", "ATS", "full", "ats", None)),
+        ]
+    return Table(title, _BESIDE, "accuracy", tuple(entries), _judge, same=same)
 
 
 def _judge(samples: Samples, flops: Mapping[str, float]) -> list[Claim]:
-    claims = [
-        claim
-        for network in ("core", "full")
-        for claim in reaches(
-            samples,
-            f"{network} ATS",
-            f"{network} slimmable",
-            _MARGIN,
-            f"ATS trains the {network} network as well as slimmable training does",
-        )
-    ]
+    claims: list[Claim] = []
+    for network in ("core", "full"):
+        says = f"ATS trains the {network} network as well as slimmable training does"
+        slimmable = f"{network} slimmable"
+        claims += reaches(samples, f"{network} ATS", slimmable, _MARGIN, says)
+        # Of no statement of the paper, whose trainings are long enough.
+        says = f"twice as long, for slimmable training's FLOPs, {says}"
+        claims += reaches(samples, f"twice {network}", slimmable, _MARGIN, says)
     if {"core ATS", "core slimmable"} <= flops.keys():
         share = flops["core ATS"] / flops["core slimmable"]
         measured = f"{share:.4f} of its training FLOPs, counted"

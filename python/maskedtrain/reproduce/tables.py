@@ -22,6 +22,7 @@ __all__ = [
     "Table",
     "TableConfig",
     "beats",
+    "longer",
     "reaches",
     "row_of",
     "score",
@@ -81,6 +82,13 @@ class Entry:
     preset: str
     config: TrainConfig
     paper: Quoted | None = None
+
+
+def longer(entry: Entry) -> Entry:
+    """The entry with a training of twice as many epochs."""
+    run = entry.config.run
+    config = replace(entry.config, run=replace(run, epochs=2 * run.epochs))
+    return replace(entry, method=f"{entry.method}, twice as long", config=config)
 
 
 Samples = Mapping[str, Sample]

@@ -26,7 +26,8 @@ from maskedtrain.reproduce.plan import Result
 from maskedtrain.training.checkpoint import CheckpointError, Checkpoints
 from maskedtrain.training.console import Console
 from maskedtrain.training.metrics import read_metrics
-from maskedtrain.training.run import read_config, train
+from maskedtrain.training.run import read_config
+from maskedtrain.training.train import train
 
 __all__ = ["ANYWHERE", "Figure", "Place", "Training"]
 
