@@ -474,16 +474,16 @@ def test_the_command_makes_a_report_of_what_is_there(tmp_path: Path, capsys: Any
 
 def test_rows_are_chosen_by_their_training(tmp_path: Path, capsys: Any):
     command = ["reproduce", "table1", "--report-only", "--out", str(tmp_path)]
-    cli.main([*command, "--rows", "core*1/32", "ATS, r = 1/32"])
+    cli.main([*command, "--rows", "*: core*1/32", "*: ATS, r = 1/32"])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     rows = [("core alone, r = 1/32", "core"), ("ATS, r = 1/32", "core"), ("ATS, r = 1/32", "full")]
     assert [tuple(row[:2]) for row in page.tables[0][1:]] == rows
     assert len(page.tables[1]) == 1 + 2 * 3
-    assert "--seeds 3 --rows 'core*1/32' 'ATS, r = 1/32'" in page.text
+    assert "--seeds 3 --rows '*: core*1/32' '*: ATS, r = 1/32'" in page.text
     with pytest.raises(SystemExit):
         cli.main([*command, "--rows", "SGD*"])
     error = capsys.readouterr().err
-    assert "rows: 'SGD*' matches no row of the plan, which has full network alone, " in error
+    assert "rows: 'SGD*' matches no row of the plan, which has Table 1, Multi30k, " in error
 
 
 @pytest.fixture

@@ -42,7 +42,8 @@ class Options:
     seeds: int = 3
     """Repeat with so many seeds. A report is of further ones, too, where there are results."""
     rows: tuple[str, ...] = ()
-    """Only rows whose training one of these patterns matches, such as "*1/32*"."""
+    """Only rows whose training one of these patterns matches, by its name as in the progress:
+    "*1/32*", or "*digits*: ATS"."""
     out: Path = Path("runs/reproduce")
     """Folder of the results and the report; it may hold results of other tables and scales."""
     data: Path | None = None
@@ -122,10 +123,10 @@ def _rows_of(tables: Sequence[Table], patterns: Sequence[str]) -> list[Table]:
     """The tables with the rows that a pattern matches."""
     if not patterns:
         return list(tables)
-    methods = dict.fromkeys(entry.method for table in tables for entry in table.entries)
-    wanted = matching_names("rows", patterns, methods, "row", of="the plan")
+    names = dict.fromkeys(table.name(entry) for table in tables for entry in table.entries)
+    wanted = matching_names("rows", patterns, names, "row", of="the plan")
     found = [
-        replace(table, entries=tuple(e for e in table.entries if e.method in wanted))
+        replace(table, entries=tuple(e for e in table.entries if table.name(e) in wanted))
         for table in tables
     ]
     return [table for table in found if table.entries]

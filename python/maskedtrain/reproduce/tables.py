@@ -131,7 +131,11 @@ class Table:
     def training(self, entry: Entry, seed: int, place: Place = ANYWHERE) -> Training:
         """The training of an entry with a seed."""
         config = replace(entry.config, run=replace(entry.config.run, seed=seed))
-        return Training(entry.preset, config, f"{self.title}: {entry.method}", place)
+        return Training(entry.preset, config, self.name(entry), place)
+
+    def name(self, entry: Entry) -> str:
+        """What a person calls the training of an entry, of whichever seed."""
+        return f"{self.title}: {entry.method}"
 
     def value(self, entry: Entry, result: Result) -> float:
         """The score of an entry in a result of its training."""
