@@ -37,8 +37,8 @@ class Options:
     """
 
     scale: Scale = "cpu"
-    """cpu: small networks, an hour or so on two cores; gpu: larger ones, for an hour on one GPU;
-    paper: those of the paper, on IWSLT14, WMT17 and CIFAR-10."""
+    """cpu: small networks, an hour and a quarter on two cores; gpu: larger ones, for an hour on one
+    GPU; paper: those of the paper, on IWSLT14, WMT17 and CIFAR-10."""
     seeds: int = 3
     """Repeat with so many seeds. A report is of further ones, too, where there are results."""
     rows: tuple[str, ...] = ()

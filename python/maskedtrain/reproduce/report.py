@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class Report:
     def verdicts(self) -> dict[str, int]:
         """How many statements hold, do not, and are not decided."""
         found = [claim.verdict for section in self.sections for claim in section.claims]
-        return {verdict: found.count(verdict) for verdict in dict.fromkeys(found)}
+        return dict(Counter(found).most_common())
 
 
 def collect(
