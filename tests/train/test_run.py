@@ -449,8 +449,10 @@ def faults():
     torch.ones(64 << 20, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults(), keep_freed_memory(), faults()
-kept = peak_bytes(torch.device("cpu")) if faults() < 10 else 0
+fresh = faults()
+keep_freed_memory()
+# The heap may grow once or twice before a hole fits.
+kept = peak_bytes(torch.device("cpu")) if min(faults() for _ in range(5)) < fresh / 4 else 0
 reset_peak(torch.device("cpu"))
 print(kept - peak_bytes(torch.device("cpu")))
 """
