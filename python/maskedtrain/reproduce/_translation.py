@@ -78,16 +78,14 @@ def translation_table(
 
     entries = [entry("full", "full network alone", "full", "-full", standard)]
     for r in ratios:
-        entries += [
-            entry(f"alone {r}", f"core alone, {r}", "core", "-core", r.alone),
+        entries.append(entry(f"alone {r}", f"core alone, {r}", "core", "-core", r.alone))
+        ats = [
             entry(f"core {r}", f"ATS, {r}", "core", "", r.core),
             entry(f"full {r}", f"ATS, {r}", "full", "", r.full),
         ]
+        entries += ats
         if r in twice:
-            entries += [
-                longer(entry(f"twice core {r}", f"ATS, {r}", "core", "", None)),
-                longer(entry(f"twice full {r}", f"ATS, {r}", "full", "", None)),
-            ]
+            entries += map(longer, ats)
 
     def judge(samples: Samples, flops: Mapping[str, float]) -> list[Claim]:
         claims: list[Claim] = []

@@ -126,26 +126,23 @@ def collect(
     pieces: dict[str, Training | Figure] = {}
     results: dict[str, Result] = {}
 
-    def add(piece: Training | Figure, *, further: bool = False) -> bool:
-        """Whether there is a result; without one a piece of a further seed is not missed."""
-        result = store.result(piece)
-        if result is not None:
+    def is_done(piece: Training | Figure) -> bool:
+        """Whether there is a result, which is read once."""
+        if piece.id not in results and (result := store.result(piece)) is not None:
             results[piece.id] = result
-        if result is not None or not further:
-            pieces.setdefault(piece.id, piece)
-        return result is not None
+        return piece.id in results
 
-    for table in tables:
-        for training in table.trainings(seeds):
-            add(training)
+    trainings = [training for table in tables for training in table.trainings(seeds)]
     seeds = list(seeds)
     for seed in itertools.count(len(seeds)):
-        found = [add(t, further=True) for table in tables for t in table.trainings([seed])]
-        if not any(found):
+        further = [t for table in tables for t in table.trainings([seed]) if is_done(t)]
+        if not further:
             break
+        trainings += further
         seeds.append(seed)
-    for figure in figures:
-        add(figure)
+    for piece in (*trainings, *figures):
+        pieces.setdefault(piece.id, piece)
+        is_done(piece)
     sections = [*(_table(table, seeds, results) for table in tables), *counted]
     sections += [_figure(figure, results.get(figure.id)) for figure in figures]
     runs = [_run(piece, results.get(id), store) for id, piece in pieces.items()]
