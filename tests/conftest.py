@@ -15,8 +15,21 @@ from torch import Tensor
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="maskedtrain-config-")
 
 # A first example pays for lazy imports and compilation; time limits are the runner's business.
-settings.register_profile("default", deadline=None)
+# A run is the same as the one before, so that what fails is what was changed; to look for more,
+# --hypothesis-profile explore --seed N.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="torch's seed at the start of each test")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """The same random numbers for a test alone and after others."""
+    torch.manual_seed(request.config.getoption("--seed"))
 
 
 def ieee_sqrt(tensor: Tensor) -> Tensor:

@@ -13,17 +13,14 @@ inline int64_t strip_width(int64_t block_size) {
   return block_size >= 2 * lanes ? 2 * lanes : lanes;
 }
 
-// c [rows, strip] = bias + a b, b a packed strip: sums stay in registers over all of its runs.
+// sum [rows, strip] += a b over some runs of b. Never inlined, so that all registers are for these
+// terms.
 template <int rows, int vectors>
-void tile(const float* a, int64_t lda, const Strip& b, const float* bias, float* c, int64_t ldc) {
-  Floats<lanes> sum[rows][vectors];
-#pragma GCC unroll 24
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v)
-      sum[r][v] = bias ? *(const Floats<lanes>*)(bias + v * lanes) : Floats<lanes>{};
-  const float* panel = b.panel;
-  for (const Run* run = b.begin; run != b.end; ++run) {
+__attribute__((noinline)) void add_runs(const float* a, int64_t lda, const float* panel,
+                                        const Run* run, const Run* end,
+                                        Floats<lanes> (&sum)[rows][vectors]) {
+  Floats<lanes> some[rows][vectors] = {};
+  for (; run != end; ++run) {
     const float* column = a + run->begin;
     for (int64_t k = 0; k < run->length; ++k, ++column, panel += vectors * lanes) {
       Floats<lanes> row[vectors];
@@ -32,8 +29,29 @@ void tile(const float* a, int64_t lda, const Strip& b, const float* bias, float*
 #pragma GCC unroll 24
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[r][v] += column[r * lda] * row[v];
+        for (int v = 0; v < vectors; ++v) some[r][v] += column[r * lda] * row[v];
     }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sum[r][v] += some[r][v];
+}
+
+// c [rows, strip] = bias + a b, b a packed strip. The terms are added up in parts: one running sum of
+// thousands would round far more than plain PyTorch's.
+template <int rows, int vectors>
+void tile(const float* a, int64_t lda, const Strip& b, const float* bias, float* c, int64_t ldc) {
+  Floats<lanes> sum[rows][vectors];
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v)
+      sum[r][v] = bias ? *(const Floats<lanes>*)(bias + v * lanes) : Floats<lanes>{};
+  const float* panel = b.panel;
+  for (const Run *run = b.begin, *end = run; run != b.end; run = end) {
+    int64_t terms = 0;
+    while (end != b.end && terms < max_run) terms += (end++)->length;
+    add_runs(a, lda, panel, run, end, sum);
+    panel += terms * vectors * lanes;
   }
   for (int r = 0; r < rows; ++r) std::memcpy(c + r * ldc, sum[r], 4 * b.columns);
 }

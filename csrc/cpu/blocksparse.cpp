@@ -20,10 +20,11 @@ using partial_kernels::ceil_div;
 using partial_kernels::Floats;
 using torch::stable::Tensor;
 
-// Consecutive rows of the packed matrix.
+// Consecutive rows of the packed matrix: those of one block, or of several up to max_run.
 struct Run {
   int64_t begin, length;
 };
+constexpr int64_t max_run = 128;
 
 // Some columns of it: the rows that hold anything, one after the other.
 struct Strip {
@@ -80,7 +81,8 @@ struct Packed {
         if (!any) continue;
         const int64_t length = std::min(size, inner - k * size);
         const bool adjoins = int64_t(runs.size()) > first_run.back() &&
-                             runs.back().begin + runs.back().length == k * size;
+                             runs.back().begin + runs.back().length == k * size &&
+                             runs.back().length + length <= max_run;
         if (adjoins)
           runs.back().length += length;
         else

@@ -86,8 +86,9 @@ Sparse transposed(const Sparse& rows, int64_t outputs) {
   return columns;
 }
 
-// Rows of a panel that stay in the L2 cache, and of the result beside them.
-constexpr int64_t inner_block = 1024, row_block = 1024;
+// Rows of a panel that stay in the L2 cache, and of the result beside them; terms that are added up by
+// themselves, about, for one running sum of thousands would round far more than plain PyTorch's.
+constexpr int64_t max_inner_block = 1024, row_block = 1024, terms = 128;
 
 // a b, b [N, C] with contiguous rows: one panel of b's columns after the other, copied so that its
 // rows adjoin.
@@ -95,6 +96,8 @@ Tensor product(const Sparse& a, const Tensor& b) {
   const Kernels& kernels = *PK_ISA_FUNCTION(kernels);
   const int64_t rows = int64_t(a.start.size()) - 1, inner = b.size(0), columns = b.size(1);
   const int64_t width = kernels.panel_width, panels = ceil_div(columns, width), ld = b.stride(0);
+  const int64_t elements = std::max<int64_t>(int64_t(a.value.size()), 1);
+  const int64_t inner_block = std::clamp(terms * rows * inner / elements, terms, max_inner_block);
   Tensor out = torch::stable::new_empty(b, {rows, columns});
   const float* from = b.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();

@@ -13,9 +13,12 @@ using namespace partial_kernels;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr unsigned threads = 128;
+// Blocks of a multiprocessor that hide its loads; to fit in more the compiler would spill registers.
+constexpr unsigned threads = 128, resident_blocks = 8;
 // Rows to gather that are listed at a time: those of a warp's bits.
 constexpr int list_size = 1024;
+// Rows that are summed by themselves, for the errors of one running sum of thousands would add up.
+constexpr int block_size = 32;
 
 // Numbers of one load.
 template <class S>
@@ -58,15 +61,21 @@ struct Matrix {
   int64_t rows, columns, stride;
 };
 
-// Rows of `from` times factors, in the order of the list, for the columns of this thread.
+// Adds rows of `from` times factors, block by block of the list, in the columns of this thread.
 template <class S, bool adjoins>
 __device__ __forceinline__ void add_listed(const Matrix<const S>& from, int64_t column, int count,
                                            const int32_t* places, const Arithmetic<S>* factors,
                                            int listed, Arithmetic<S> (&sums)[width<S>]) {
   if (count <= 0) return;
+  for (int first = 0; first < listed; first += block_size) {
+    Arithmetic<S> some[width<S>] = {};
+    const int end = std::min(listed, first + block_size);
 #pragma unroll 4
-  for (int i = 0; i < listed; ++i)
-    add<S, adjoins>(from.data + places[i] * from.stride + column, count, factors[i], sums);
+    for (int i = first; i < end; ++i)
+      add<S, adjoins>(from.data + places[i] * from.stride + column, count, factors[i], some);
+#pragma unroll
+    for (int i = 0; i < width<S>; ++i) sums[i] += some[i];
+  }
 }
 
 // The columns of a thread: the first, and how many.
@@ -78,7 +87,7 @@ __device__ __forceinline__ int columns_of_thread(int64_t columns, int64_t& first
 
 // dx: token blockIdx.x gathers the rows of W that it kept.
 template <class S, bool adjoins>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, resident_blocks)
     dx_rows(Matrix<const S> dy, const int64_t* index, int64_t k, Matrix<const S> weight, S* dx) {
   using T = Arithmetic<S>;
   __shared__ int32_t places[list_size];
@@ -111,7 +120,7 @@ __global__ void __launch_bounds__(threads)
 
 // dW: output blockIdx.x gathers the rows of x of the tokens that kept it, in their order.
 template <class S, bool adjoins>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, resident_blocks)
     dweight_rows(Matrix<const S> dy, const unsigned* marks, int64_t words, Matrix<const S> x,
                  S* dweight) {
   using T = Arithmetic<S>;

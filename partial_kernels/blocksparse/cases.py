@@ -62,6 +62,8 @@ CASES = (
     Case("block-size-1", (7,), 4, 3, Block(_RAGGED, 1)),
     Case("block-beyond-edge", (7,), 13, 11, Block(torch.ones(1, 1, dtype=torch.bool), 32)),
     Case("block-permuted", (7,), 11, 13, Block(_RAGGED.mT, 4)),
+    # Long sums.
+    Case("block-long", (9,), 64, 4096, Block(random_bitmap(2, 128, 0.5), 32)),
     Case("block-aligned", (64,), 96, 160, Block(random_bitmap(3, 5, 0.4), 32)),
     Case(
         "block-aligned-bf16",

@@ -123,6 +123,9 @@ def _variations(per: Per) -> tuple[Case, ...]:
 CASES = (
     *_variations("row"),
     *_variations("batch"),
+    # Long sums, and lists of more than a kernel takes at a time.
+    Case("row-many-kept", (1,), 3000, 8, 2500),
+    Case("row-many-tokens", (2500,), 3, 8, 2),
     Case("batch-rows", (7,), 13, 11, 4, "batch", "rows"),
     Case("batch-rows-bf16", (7,), 13, 11, 4, "batch", "rows", dtype=torch.bfloat16),
 )

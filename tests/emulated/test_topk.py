@@ -1,4 +1,4 @@
-"""The CUDA row-sparse products: sizes that 16 bytes divide and others, lists of several parts."""
+"""The CUDA row-sparse products: sizes that 16 bytes divide and others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import partial_kernels as pk
 from partial_kernels.topk.cases import Case, check
-
-ops = torch.ops.partial_kernels
 
 
 @st.composite
@@ -33,19 +30,6 @@ def cases(draw: Any) -> Case:
 @given(cases())
 def test_any_product(case: Case) -> None:
     check(case, impl="cuda")
-
-
-def test_lists_of_several_parts() -> None:
-    """More kept outputs, and more tokens, than are listed at a time."""
-    dy, weight, x = torch.randn(1, 3000), torch.randn(3000, 8), torch.randn(1, 8)
-    index = pk.topk_select(dy, 2500)
-    dx = ops.topk_row_dx(dy, index, weight, "cuda")
-    torch.testing.assert_close(dx, ops.topk_row_dx(dy, index, weight, "reference"))
-    dy, x = torch.randn(2500, 3), torch.randn(2500, 8)
-    index = pk.topk_select(dy, 2)
-    dweight = ops.topk_row_dweight(dy, index, x, "cuda")
-    expected = ops.topk_row_dweight(dy, index, x, "reference")
-    torch.testing.assert_close(dweight, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
