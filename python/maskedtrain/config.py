@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from maskedtrain.methods import MethodConfig
 from maskedtrain.methods.ats import Config as ATSConfig
 from maskedtrain.models import ModelConfig
 from maskedtrain.models.resnet import Config as ResNetConfig
+from maskedtrain.patterns import near
 
 __all__ = [
     "NEUTRAL",
@@ -201,9 +201,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not among the known ones, with the nearest of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
+    return ValueError(f"unknown {kind} {name!r}{near(name, known)} (known: {', '.join(known)})")
 
 
 # Parts of a configuration that are one of several classes, each known by a name.

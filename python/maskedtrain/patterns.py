@@ -49,7 +49,7 @@ def matching_names(
 def near(name: str, known: Iterable[str]) -> str:
     """``; did you mean ...?``, or nothing if no known name is like it."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:

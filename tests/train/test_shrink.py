@@ -276,7 +276,7 @@ def tied() -> MLP:
     ("make", "kept", "kind", "message"),
     [
         (lambda: nn.Linear(3, 3), {"a": [0]}, TypeError, "Linear has no width_masks"),
-        (mlp, {"hiden.0": [0]}, ValueError, "did you mean 'hidden.0'"),
+        (mlp, {"hiden.0": [0]}, ValueError, r"did you mean hidden\.0\?"),
         (mlp, {"hidden.0": [0, 9]}, ValueError, "hidden.0 has 9 neurons: Index rows must be < 9"),
         (mlp, {"hidden.0": [3, 1]}, ValueError, "strictly increasing, got 1 after 3"),
         (mlp, {"hidden.0": []}, ValueError, "hidden.0 must keep at least one neuron"),

@@ -64,7 +64,7 @@ def test_parameters_that_come_later_are_outside() -> None:
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ({"0.weigth": pk.Prefix(4)}, r"no parameter '0\.weigth'; did you mean '0\.weight'\?"),
+        ({"0.weigth": pk.Prefix(4)}, r"no parameter '0\.weigth'; did you mean 0\.weight\?"),
         ({"zzzzzz": None}, "no parameter 'zzzzzz'$"),
         ({"0.weight": pk.Prefix(9)}, r"0\.weight: Prefix.*rows must be <= 8, got 9"),
         ({"0.weight": pk.Index([2, 8])}, r"0\.weight: Index rows must be < 8, got 8"),
@@ -302,7 +302,7 @@ def test_any_neurons_of_a_width(model: nn.Module, inputs: tuple[Tensor, ...]) ->
 
 def test_neurons_names_the_widths_it_does_not_know() -> None:
     model = MLP(6, (8,), 3)
-    with pytest.raises(ValueError, match=r"no width 'hiden\.0'; did you mean 'hidden\.0'"):
+    with pytest.raises(ValueError, match=r"no width 'hiden\.0'; did you mean hidden\.0\?"):
         SubNetwork.neurons(model, {"hiden.0": torch.arange(3)}, name="few")
     with pytest.raises(ValueError, match="must be < 8, got 8"):
         SubNetwork.neurons(model, {"hidden.0": torch.arange(9)}, name="many")
