@@ -185,11 +185,11 @@ def test_compiles_to_one_graph_a_sub_network(graphs: list[Any]) -> None:
                     model.named_parameters(), twin.parameters(), strict=True
                 ):
                     assert (ours.grad is None) == (theirs.grad is None), name
+                    # MKL sums in an order that depends on where memory starts.
                     if ours.grad is not None:
-                        assert torch.equal(ours.grad, theirs.grad), name
+                        torch.testing.assert_close(ours.grad, theirs.grad)
     assert len(graphs) == 2
-    for name, tensor in twin.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
 @pytest.mark.parametrize("build", [resnet8, resnet50])
