@@ -20,7 +20,7 @@ using partial_kernels::ceil_div;
 using partial_kernels::Floats;
 using torch::stable::Tensor;
 
-// Consecutive rows of the packed matrix: those of one block, or of several up to max_run.
+// Consecutive rows of the packed matrix, max_run at most, of one block or of several.
 struct Run {
   int64_t begin, length;
 };
@@ -79,15 +79,18 @@ struct Packed {
         bool any = false;
         for (int64_t n = s * width / size; n <= last; ++n) any |= blocks(k, n);
         if (!any) continue;
-        const int64_t length = std::min(size, inner - k * size);
-        const bool adjoins = int64_t(runs.size()) > first_run.back() &&
-                             runs.back().begin + runs.back().length == k * size &&
-                             runs.back().length + length <= max_run;
-        if (adjoins)
-          runs.back().length += length;
-        else
-          runs.push_back({k * size, length});
-        rows += length;
+        const int64_t past = std::min((k + 1) * size, inner);
+        rows += past - k * size;
+        for (int64_t begin = k * size; begin < past; begin += max_run) {
+          const int64_t length = std::min(max_run, past - begin);
+          const bool adjoins = int64_t(runs.size()) > first_run.back() &&
+                               runs.back().begin + runs.back().length == begin &&
+                               runs.back().length + length <= max_run;
+          if (adjoins)
+            runs.back().length += length;
+          else
+            runs.push_back({begin, length});
+        }
       }
     }
     first_run.push_back(int64_t(runs.size()));
@@ -98,15 +101,15 @@ struct Packed {
         float* to = packed + first_row[s] * width;
         for (int64_t r = first_run[s]; r < first_run[s + 1]; ++r)
           for (int64_t k = runs[r].begin, past = k + runs[r].length; k < past; k += size) {
-            pack(b, inner_stride, column_stride, blocks, s * width, columns, k,
-                 std::min(size, inner - k), to);
-            to += size * width;
+            const int64_t length = std::min(size, past - k);
+            pack(b, inner_stride, column_stride, blocks, s * width, columns, k, length, to);
+            to += length * width;
           }
       }
     });
   }
 
-  // Rows k ... k + length of one block row, of the columns of the strip that starts at `first`.
+  // Rows k ... k + length, all of one block row, of the columns of the strip that starts at `first`.
   void pack(const float* b, int64_t inner_stride, int64_t column_stride, const Blocks& blocks,
             int64_t first, int64_t columns, int64_t k, int64_t length, float* to) const {
     for (int64_t i = 0; i < width; ++i) {

@@ -64,6 +64,7 @@ CASES = (
     Case("block-permuted", (7,), 11, 13, Block(_RAGGED.mT, 4)),
     # Long sums.
     Case("block-long", (9,), 64, 4096, Block(random_bitmap(2, 128, 0.5), 32)),
+    Case("block-long-of-few", (9,), 64, 4096, Block(random_bitmap(1, 3, 0.7), 1500)),
     Case("block-aligned", (64,), 96, 160, Block(random_bitmap(3, 5, 0.4), 32)),
     Case(
         "block-aligned-bf16",
