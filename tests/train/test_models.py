@@ -185,11 +185,14 @@ def test_compiles_to_one_graph_a_sub_network(graphs: list[Any]) -> None:
                     model.named_parameters(), twin.parameters(), strict=True
                 ):
                     assert (ours.grad is None) == (theirs.grad is None), name
-                    # MKL sums in an order that depends on where memory starts.
-                    if ours.grad is not None:
+                    if name == "fc.weight":
+                        # As dy^T x or (x^T dy)^T, which MKL rounds differently on AVX2.
                         torch.testing.assert_close(ours.grad, theirs.grad)
+                    elif ours.grad is not None:
+                        assert torch.equal(ours.grad, theirs.grad), name
     assert len(graphs) == 2
-    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("build", [resnet8, resnet50])
